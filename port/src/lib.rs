@@ -1,0 +1,46 @@
+//! The contract between a port and whoever polls it.
+//!
+//! A port's [`RxQueue`] lends a [`Burst`] of [`Frame`]s that still lie in the memory of whoever sent them; the pipeline
+//! judges each by a private copy of its first bytes ([`Head`]) and hands sets of frames ([`FrameSet`]) to the
+//! [`TxQueue`]s of other ports, which copy each frame once. No I/O happens here, and nothing here knows what kind of port
+//! is behind a queue.
+
+mod burst;
+mod drops;
+mod offload;
+
+pub use burst::{Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, Release, Segment};
+pub use drops::DropReason;
+pub use offload::{Gso, Offload, OffloadError};
+
+/// The longest frame that any port accepts: a 64 KiB segmentation-offload packet with its Ethernet header and VLAN tags.
+pub const MAX_FRAME: u32 = 65_535 + 14 + 8;
+
+/// What happens to the VLAN tag of the frames in one call of [`TxQueue::send`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TagEdit {
+    /// Sent as it came.
+    Keep,
+    /// A tag with this control information (PCP, DEI, VID) goes between the source address and the type.
+    Push(u16),
+    /// The outermost tag is removed.
+    Pop,
+    /// The outermost tag keeps its priority and gets this VLAN identifier.
+    SetVid(u16),
+}
+
+/// The side of a port that frames come in on.
+pub trait RxQueue {
+    /// Takes up to [`MAX_BURST`] frames. They stay in the sender's memory until the burst is released or dropped.
+    fn poll<'q>(&'q mut self, buffer: &'q mut BurstBuffer) -> Burst<'q>;
+}
+
+/// The side of a port that frames go out of.
+pub trait TxQueue {
+    /// A hint that up to `frames` frames are about to be sent here: fetch and translate buffers now, while the sender's
+    /// descriptors are still on their way to this core.
+    fn prepare(&mut self, frames: usize);
+
+    /// Copies the frames of `set` out. Each is sent or counted under one [`DropReason`] of this queue.
+    fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit);
+}

@@ -1,0 +1,2 @@
+//! The `cableway` command.
+fn main() {}

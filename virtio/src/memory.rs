@@ -1,0 +1,183 @@
+//! Shared memory: the only module that touches bytes which a guest can rewrite at any time.
+//!
+//! Owns the table that turns the guest's addresses into ours ([`GuestMemory`]), the dirty log and the volatile accessors.
+//! Every range is checked whole; no reference to shared bytes is ever made. Never maps or unmaps: a mapping is kept alive
+//! by the [`GuestMemory`] that was built on it.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// One mapped stretch of a guest's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Where the guest sees it (guest-physical address).
+    pub guest: u64,
+    /// Where the front end sees it (its virtual address; ring addresses come in these).
+    pub user: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where we see it.
+    pub host: *mut u8,
+}
+
+/// Why regions were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegionError {
+    /// Zero bytes, or an address range that wraps.
+    #[error("memory region at {guest:#x} of {size:#x} bytes is empty or wraps")]
+    Impossible {
+        /// Guest-physical start.
+        guest: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Two regions share guest-physical addresses.
+    #[error("memory regions at {0:#x} and {1:#x} overlap")]
+    Overlap(u64, u64),
+}
+
+/// A range of shared memory that was checked whole: `len` bytes at `ptr`, alive as long as the [`GuestMemory`] it came from.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRange {
+    /// First byte, in our address space.
+    pub ptr: *mut u8,
+    /// Bytes.
+    pub len: usize,
+    /// Guest-physical address of the first byte, for the dirty log.
+    pub guest: u64,
+}
+
+/// A guest's memory: a table of mapped regions. Changing it means building another one.
+pub struct GuestMemory {
+    regions: Vec<Region>,
+    _mapping: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointers are into shared memory that `_mapping` keeps mapped; all access goes through volatile or atomic
+// operations, which any thread may do.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above; the table itself never changes.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Builds the table.
+    ///
+    /// # Safety
+    /// Each region's `size` bytes at `host` stay mapped readable and writable for as long as `mapping` is not dropped, and
+    /// no Rust reference to them is made elsewhere.
+    ///
+    /// # Errors
+    /// Regions that are empty, wrap or overlap.
+    pub unsafe fn new(
+        mut regions: Vec<Region>,
+        mapping: Box<dyn Any + Send + Sync>,
+    ) -> Result<Self, RegionError> {
+        for r in &regions {
+            let wraps = r.guest.checked_add(r.size).is_none() || r.user.checked_add(r.size).is_none();
+            if r.size == 0 || wraps {
+                return Err(RegionError::Impossible { guest: r.guest, size: r.size });
+            }
+        }
+        regions.sort_by_key(|r| r.guest);
+        for pair in regions.windows(2) {
+            if let [a, b] = pair
+                && a.guest + a.size > b.guest
+            {
+                return Err(RegionError::Overlap(a.guest, b.guest));
+            }
+        }
+        Ok(Self { regions, _mapping: mapping })
+    }
+
+    /// The regions, by guest address.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Where `len` bytes at guest-physical `addr` are, if they all lie in one region. `hot` remembers the region that
+    /// matched last: descriptors of one ring tend to stay in one.
+    #[inline(always)]
+    pub fn translate(&self, hot: &mut usize, addr: u64, len: u32) -> Option<*mut u8> {
+        if let Some(r) = self.regions.get(*hot) {
+            let offset = addr.wrapping_sub(r.guest);
+            if offset < r.size && r.size - offset >= u64::from(len) {
+                return Some(r.host.wrapping_add(offset as usize));
+            }
+        }
+        self.search(hot, addr, len)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn search(&self, hot: &mut usize, addr: u64, len: u32) -> Option<*mut u8> {
+        for (i, r) in self.regions.iter().enumerate() {
+            let offset = addr.wrapping_sub(r.guest);
+            if offset < r.size && r.size - offset >= u64::from(len) {
+                *hot = i;
+                return Some(r.host.wrapping_add(offset as usize));
+            }
+        }
+        None
+    }
+
+    /// The range of `len` bytes at the front end's address `user` (ring addresses), if it lies in one region.
+    pub fn user_range(&self, user: u64, len: usize) -> Option<HostRange> {
+        self.regions.iter().find_map(|r| {
+            let offset = user.wrapping_sub(r.user);
+            (offset < r.size && r.size - offset >= len as u64).then(|| HostRange {
+                ptr: r.host.wrapping_add(offset as usize),
+                len,
+                guest: r.guest + offset,
+            })
+        })
+    }
+
+    /// The region that holds our address `ptr`, for a fault handler that wants to know whose memory it was.
+    pub fn region_of_host(&self, ptr: *const u8) -> Option<&Region> {
+        self.regions.iter().find(|r| (ptr as u64).wrapping_sub(r.host as u64) < r.size)
+    }
+}
+
+/// Bytes of guest memory that one bit of the dirty log stands for (vhost-user: `VHOST_LOG_PAGE`).
+pub const LOG_PAGE: u64 = 4096;
+
+/// A dirty log: one bit a 4 KiB page, set for every page that the device writes (live migration).
+pub struct DirtyLog {
+    base: *const AtomicU8,
+    len: usize,
+    _mapping: Box<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the bitmap is only touched by atomic operations, and `_mapping` keeps it mapped.
+unsafe impl Send for DirtyLog {}
+// SAFETY: as above.
+unsafe impl Sync for DirtyLog {}
+
+impl DirtyLog {
+    /// A log of `len` bytes at `base`.
+    ///
+    /// # Safety
+    /// `len` bytes at `base` stay mapped readable and writable for as long as `mapping` is not dropped.
+    pub unsafe fn new(base: *mut u8, len: usize, mapping: Box<dyn Any + Send + Sync>) -> Self {
+        Self { base: base as *const AtomicU8, len, _mapping: mapping }
+    }
+
+    /// Marks the pages of `len` bytes at guest-physical `addr`. Pages beyond the log are ignored, as the front end asked.
+    pub fn mark(&self, addr: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let last = addr.saturating_add(len - 1) / LOG_PAGE;
+        let mut page = addr / LOG_PAGE;
+        while page <= last && page / 8 < self.len as u64 {
+            // SAFETY: `page / 8 < self.len`, and the log is mapped as long as `self` lives (`new`).
+            let byte = unsafe { &*self.base.add((page / 8) as usize) };
+            let bit = 1 << (page % 8);
+            if byte.load(Ordering::Relaxed) & bit == 0 {
+                byte.fetch_or(bit, Ordering::Relaxed);
+            }
+            page += 1;
+        }
+    }
+}

@@ -5,7 +5,6 @@
 //! by the [`GuestMemory`] that was built on it.
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// One mapped stretch of a guest's memory.

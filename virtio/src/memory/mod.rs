@@ -1,11 +1,18 @@
 //! Shared memory: the only module that touches bytes which a guest can rewrite at any time.
 //!
-//! Owns the table that turns the guest's addresses into ours ([`GuestMemory`]), the dirty log and the volatile accessors.
-//! Every range is checked whole; no reference to shared bytes is ever made. Never maps or unmaps: a mapping is kept alive
-//! by the [`GuestMemory`] that was built on it.
+//! Owns the table that turns the guest's addresses into ours ([`GuestMemory`]), the dirty log ([`DirtyLog`]), typed views of
+//! the ring areas ([`split`], [`packed`]) and the copy routines ([`copy`]). Every range is checked whole; no reference to
+//! shared bytes is ever made; every access is volatile, atomic or assembly, so that the compiler reads a byte exactly as
+//! often as the code says. Never maps or unmaps: a mapping is kept alive by the [`GuestMemory`] that was built on it.
+
+pub mod copy;
+mod log;
+pub mod packed;
+pub mod split;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicU8, Ordering};
+
+pub use log::{DirtyLog, LOG_PAGE};
 
 /// One mapped stretch of a guest's memory.
 #[derive(Clone, Copy, Debug)]
@@ -135,48 +142,5 @@ impl GuestMemory {
     /// The region that holds our address `ptr`, for a fault handler that wants to know whose memory it was.
     pub fn region_of_host(&self, ptr: *const u8) -> Option<&Region> {
         self.regions.iter().find(|r| (ptr as u64).wrapping_sub(r.host as u64) < r.size)
-    }
-}
-
-/// Bytes of guest memory that one bit of the dirty log stands for (vhost-user: `VHOST_LOG_PAGE`).
-pub const LOG_PAGE: u64 = 4096;
-
-/// A dirty log: one bit a 4 KiB page, set for every page that the device writes (live migration).
-pub struct DirtyLog {
-    base: *const AtomicU8,
-    len: usize,
-    _mapping: Box<dyn Any + Send + Sync>,
-}
-
-// SAFETY: the bitmap is only touched by atomic operations, and `_mapping` keeps it mapped.
-unsafe impl Send for DirtyLog {}
-// SAFETY: as above.
-unsafe impl Sync for DirtyLog {}
-
-impl DirtyLog {
-    /// A log of `len` bytes at `base`.
-    ///
-    /// # Safety
-    /// `len` bytes at `base` stay mapped readable and writable for as long as `mapping` is not dropped.
-    pub unsafe fn new(base: *mut u8, len: usize, mapping: Box<dyn Any + Send + Sync>) -> Self {
-        Self { base: base as *const AtomicU8, len, _mapping: mapping }
-    }
-
-    /// Marks the pages of `len` bytes at guest-physical `addr`. Pages beyond the log are ignored, as the front end asked.
-    pub fn mark(&self, addr: u64, len: u64) {
-        if len == 0 {
-            return;
-        }
-        let last = addr.saturating_add(len - 1) / LOG_PAGE;
-        let mut page = addr / LOG_PAGE;
-        while page <= last && page / 8 < self.len as u64 {
-            // SAFETY: `page / 8 < self.len`, and the log is mapped as long as `self` lives (`new`).
-            let byte = unsafe { &*self.base.add((page / 8) as usize) };
-            let bit = 1 << (page % 8);
-            if byte.load(Ordering::Relaxed) & bit == 0 {
-                byte.fetch_or(bit, Ordering::Relaxed);
-            }
-            page += 1;
-        }
     }
 }

@@ -137,3 +137,14 @@ pub enum RingError {
     #[error("guest memory was truncated by its owner")]
     MemoryGone,
 }
+
+impl RingSetup {
+    /// The three areas must not share bytes: the device would read its own writes.
+    pub(super) fn check_overlap(&self) -> Result<(), RingError> {
+        let ranges =
+            [self.descriptors, self.driver, self.device].map(|r| (r.ptr as usize, r.ptr as usize + r.len));
+        let disjoint = |a: (usize, usize), b: (usize, usize)| a.1 <= b.0 || b.1 <= a.0;
+        let [d, a, u] = ranges;
+        if disjoint(d, a) && disjoint(d, u) && disjoint(a, u) { Ok(()) } else { Err(RingError::AreasOverlap) }
+    }
+}

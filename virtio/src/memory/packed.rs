@@ -27,7 +27,7 @@ impl Ring {
         let fits = size > 0
             && range.len >= usize::from(size) * DESCRIPTOR
             && (range.ptr as usize).is_multiple_of(DESCRIPTOR);
-        fits.then(|| Self { at: range.ptr, size })
+        fits.then_some(Self { at: range.ptr, size })
     }
 
     #[inline(always)]

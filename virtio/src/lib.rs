@@ -5,5 +5,7 @@
 //! only then used. No sockets, no threads, no ports.
 
 pub mod device;
+pub mod driver;
 pub mod features;
 pub mod memory;
+pub mod net;

@@ -1,1 +1,4 @@
-//! placeholder
+//! The virtual switch: vhost-user ports, the pipeline, workers, and their control.
+
+pub mod config;
+pub mod control;

@@ -1,0 +1,286 @@
+//! The vocabulary: the keys of `[switch]` and `[[port]]` as a user writes them, the same in a switch's own file and in an
+//! appliance file.
+//!
+//! Owns names, types and one-line meanings. Reads each key by itself, so that one wrong value hides no other; never
+//! decides what a combination of keys means (that is `validate`).
+
+use std::ops::Range;
+
+use serde::de::DeserializeOwned;
+use serde_spanned::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::problem::{Problems, suggestion};
+use super::values::{
+    Bounded, CoreNumber, FeatureName, FrameRate, GroupName, HardwareAddress, Idle, Memory, PortKind, PortName, SocketMode,
+    SocketName, SocketSide, VlanId, VlanRange,
+};
+
+/// A value that can be read from one place in the file; `None` when it is wrong, and the problem was noted.
+pub(super) trait Read: Sized {
+    /// Reads it. `place` names the key for messages: "`burst`".
+    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self>;
+}
+
+/// Reads one value with its serde type.
+fn plain<T: DeserializeOwned>(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<T> {
+    match T::deserialize(ValueDeserializer::from(value.clone())) {
+        Ok(read) => Some(read),
+        Err(error) => {
+            let what = error.message().trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
+            let message = format!("{place}: {}", what.replacen(", expected ", ": wanted ", 1));
+            problems.add(error.span().unwrap_or_else(|| value.span()), message);
+            None
+        }
+    }
+}
+
+macro_rules! plain {
+    ($($type:ty),+ $(,)?) => {
+        $(impl Read for $type {
+            fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
+                plain(place, value, problems)
+            }
+        })+
+    };
+}
+
+plain!(bool, FeatureName, GroupName, HardwareAddress, Idle, Memory, PortKind, PortName, SocketMode);
+plain!(SocketName, SocketSide, VlanRange, Words);
+
+impl<const MIN: i64, const MAX: i64> Read for Bounded<MIN, MAX> {
+    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
+        plain(place, value, problems)
+    }
+}
+
+/// Any text.
+pub(super) type Words = String;
+
+/// A list whose elements are read one by one.
+impl<T: Read> Read for Vec<Spanned<T>> {
+    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
+        let Some(elements) = value.get_ref().as_array() else {
+            let kind = value.get_ref().type_str();
+            problems.add(value.span(), format!("{place}: {kind}: wanted a list, in square brackets"));
+            return None;
+        };
+        let mut read = |element| Some(Spanned::new(Spanned::span(element), T::read(place, element, problems)?));
+        let read: Vec<_> = elements.iter().map(&mut read).collect();
+        read.into_iter().collect()
+    }
+}
+
+/// The keys of a table that are there, but wrong: their problem was noted.
+#[derive(Debug, Default)]
+pub(super) struct Wrong {
+    /// The table, for messages.
+    inside: &'static str,
+    keys: Vec<&'static str>,
+}
+
+impl Wrong {
+    /// Whether there are any.
+    pub(super) fn any(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
+    /// Notes that a key is missing, unless it was there and wrong. `example` shows how to write it.
+    pub(super) fn or_missing(&self, key: &str, at: Range<usize>, example: &str, problems: &mut Problems<'_>) {
+        if !self.keys.contains(&key) {
+            problems.add(at, format!("{} needs `{key}`: {example}", self.inside));
+        }
+    }
+}
+
+macro_rules! keys {
+    ($(#[doc = $about:literal])+ $name:ident in $inside:literal { $($(#[doc = $doc:literal])+ $key:ident: $type:ty,)+ }) => {
+        $(#[doc = $about])+
+        #[derive(Debug, Default)]
+        pub(super) struct $name {
+            $($(#[doc = $doc])+ pub(super) $key: Option<Spanned<$type>>,)+
+            /// Keys that are there, but wrong.
+            pub(super) wrong: Wrong,
+        }
+
+        impl $name {
+            /// The names of all keys.
+            pub(super) const KEYS: &[&str] = &[$(stringify!($key),)+];
+
+            /// Reads a table. `place` is what messages begin with; wrong and unknown keys are noted and left out.
+            pub(super) fn table(place: &str, table: &DeTable<'_>, problems: &mut Problems<'_>) -> Self {
+                let mut keys = Self { wrong: Wrong { inside: $inside, keys: Vec::new() }, ..Self::default() };
+                for (key, value) in table {
+                    match key.get_ref().as_ref() {
+                        $(name @ stringify!($key) => {
+                            let place = format!("{place}`{name}`");
+                            keys.$key = <$type>::read(&place, value, problems)
+                                .map(|read| Spanned::new(value.span(), read));
+                            if keys.$key.is_none() {
+                                keys.wrong.keys.push(name);
+                            }
+                        })+
+                        unknown => {
+                            let hint = suggestion(unknown, Self::KEYS);
+                            problems.add(key.span(), format!("{place}unknown key `{unknown}` in {}; {hint}", $inside));
+                        }
+                    }
+                }
+                keys
+            }
+        }
+    };
+}
+
+/// Makes an inline table readable as a value.
+macro_rules! nested {
+    ($($name:ident),+) => {
+        $(impl Read for $name {
+            fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
+                let Some(table) = value.get_ref().as_table() else {
+                    let kind = value.get_ref().type_str();
+                    let example = format!("a table like {{ {} = … }}", Self::KEYS.join(" = …, "));
+                    problems.add(value.span(), format!("{place}: {kind}: wanted {example}"));
+                    return None;
+                };
+                Some(Self::table(&format!("{place}: "), table, problems))
+            }
+        })+
+    };
+}
+
+keys! {
+    /// `[switch]`.
+    SwitchKeys in "[switch]" {
+        /// Cores that poll, one worker thread each.
+        workers: Vec<Spanned<CoreNumber>>,
+        /// Cores for everything that is not a worker (default: all permitted cores that are no worker's).
+        housekeeping: Vec<Spanned<CoreNumber>>,
+        /// What a worker does when nothing comes in.
+        idle: Idle,
+        /// Frames taken from a queue at a time.
+        burst: Bounded<1, { port::MAX_BURST as i64 }>,
+        /// Entries of the learning table, rounded up to a power of two.
+        fdb_size: Bounded<64, 16_777_216>,
+        /// Seconds after which an address that was not heard from is forgotten.
+        fdb_age: Bounded<1, 1_000_000>,
+        /// Whether frames to 01:80:c2:00:00:00 to 0f are forwarded.
+        forward_reserved: bool,
+    }
+}
+
+keys! {
+    /// `[[port]]`.
+    PortKeys in "[[port]]" {
+        /// What it is called in statistics, logs and commands.
+        name: PortName,
+        /// What is behind it.
+        kind: PortKind,
+        /// The UNIX socket; a relative path lies in the run directory.
+        socket: SocketName,
+        /// Whether we listen on the socket or connect to it.
+        mode: SocketSide,
+        /// Permissions of a socket that we listen on, octal.
+        socket_mode: SocketMode,
+        /// Group of a socket that we listen on, by name or number.
+        socket_group: GroupName,
+        /// Milliseconds between attempts to connect.
+        reconnect_ms: Bounded<10, 3_600_000>,
+        /// Most queue pairs that the guest may use.
+        queue_pairs: Bounded<1, 128>,
+        /// The worker (by its core) that polls all queues of this port.
+        worker: CoreNumber,
+        /// The worker (by its core) of each queue pair.
+        queue_workers: Vec<Spanned<CoreNumber>>,
+        /// VLANs of this port.
+        vlan: VlanKeys,
+        /// Ports of one isolation group do not talk to each other.
+        isolation: PortName,
+        /// Largest layer-3 packet that is sent to this port.
+        mtu: Bounded<68, 9_202>,
+        /// Limits, in frames a second, on what comes in here and has to be flooded.
+        storm: StormKeys,
+        /// Addresses that always are at this port.
+        addresses: Vec<Spanned<StaticKeys>>,
+        /// Whether source addresses are learnt.
+        learn: bool,
+        /// Most addresses that this port may occupy in the learning table.
+        learn_limit: Bounded<1, 16_777_216>,
+        /// Whether only `addresses` may be used as source.
+        source_check: bool,
+        /// Features that are not offered.
+        disable: Vec<Spanned<FeatureName>>,
+        /// Most memory that a guest may share with us.
+        max_memory: Memory,
+    }
+}
+
+keys! {
+    /// `vlan = { … }`.
+    VlanKeys in "`vlan`" {
+        /// Untagged frames belong to this VLAN, and no tagged ones come in.
+        access: VlanId,
+        /// VLANs that come and go with their tag.
+        trunk: Vec<Spanned<VlanRange>>,
+        /// The VLAN of a trunk's untagged frames.
+        native: VlanId,
+    }
+}
+
+keys! {
+    /// `storm = { … }`.
+    StormKeys in "`storm`" {
+        /// Frames to ff:ff:ff:ff:ff:ff.
+        broadcast: FrameRate,
+        /// Frames to unicast addresses that were not learnt.
+        unknown: FrameRate,
+        /// Frames to group addresses.
+        multicast: FrameRate,
+    }
+}
+
+keys! {
+    /// One of `addresses`, when its VLAN is given.
+    StaticTable in "an address" {
+        /// The address.
+        address: HardwareAddress,
+        /// Its VLAN.
+        vlan: VlanId,
+    }
+}
+
+nested!(VlanKeys, StormKeys, StaticTable);
+
+/// One of `addresses`: `"02:00:00:00:00:01"` or `{ address = "02:00:00:00:00:01", vlan = 20 }`.
+#[derive(Debug)]
+pub(super) struct StaticKeys {
+    /// The address.
+    pub(super) address: HardwareAddress,
+    /// Its VLAN, if the user gave one.
+    pub(super) vlan: Option<Spanned<VlanId>>,
+}
+
+impl Read for StaticKeys {
+    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
+        if !value.get_ref().is_table() {
+            return Some(Self { address: HardwareAddress::read(place, value, problems)?, vlan: None });
+        }
+        let table = StaticTable::read(place, value, problems)?;
+        let Some(address) = table.address else {
+            problems.add(value.span(), format!("{place}: `address` is missing: {{ address = \"02:…\", vlan = 20 }}"));
+            return None;
+        };
+        Some(Self { address: address.into_inner(), vlan: table.vlan })
+    }
+}
+
+/// All keys of the vocabulary: (table, key). Documentation and the example are checked against it.
+pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
+    let of = |table: &'static str, keys: &'static [&'static str]| keys.iter().map(move |key| (table, *key));
+    of("switch", SwitchKeys::KEYS)
+        .chain(of("port", PortKeys::KEYS))
+        .chain(of("vlan", VlanKeys::KEYS))
+        .chain(of("storm", StormKeys::KEYS))
+        .chain(of("addresses", StaticTable::KEYS))
+        .collect()
+}

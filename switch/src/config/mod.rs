@@ -1,0 +1,196 @@
+//! The configuration of a switch: one value, read from a file and validated whole before anything is started or changed.
+//!
+//! Owns the vocabulary of `[switch]` and `[[port]]` and what its combinations mean. Finds all problems in one pass, each with
+//! its line and what to write instead. Never opens a socket, never starts anything; what it needs to know of the machine
+//! it asks [`Surroundings`], so that a test can be any machine.
+
+mod feature;
+mod keys;
+mod machine;
+mod problem;
+mod validate;
+mod values;
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use feature::{Feature, FeatureSet};
+pub use keys::vocabulary;
+pub use machine::{Surroundings, ThisMachine};
+pub use problem::{ConfigErrors, Problem};
+pub use values::{Idle, PortKind, SocketSide};
+
+use problem::Problems;
+
+/// The longest path that the address of a UNIX socket holds (`sun_path`, less its terminating zero byte).
+pub const SOCKET_PATH_MAX: usize = 107;
+
+/// The longest Ethernet frame (without FCS) that is forwarded unless it is left for segmentation.
+pub const FRAME_MAX: u32 = 9_216;
+
+/// A whole configuration, every default filled in, every path absolute or relative to the working directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The file that it was read from.
+    pub file: PathBuf,
+    /// `[switch]`.
+    pub switch: SwitchConfig,
+    /// `[[port]]`, in the order of the file. Names and sockets are unique.
+    pub ports: Vec<PortConfig>,
+}
+
+/// `[switch]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwitchConfig {
+    /// Cores of the workers: at least one, no core twice.
+    pub workers: Vec<u32>,
+    /// Cores for everything else; `None`: wherever the process may run, save on the workers' cores.
+    pub housekeeping: Option<Vec<u32>>,
+    /// What a worker does when nothing comes in.
+    pub idle: Idle,
+    /// Frames taken from a queue at a time, 1 to [`port::MAX_BURST`].
+    pub burst: usize,
+    /// Entries of the learning table: a power of two.
+    pub fdb_size: usize,
+    /// How long an address that was not heard from is remembered.
+    pub fdb_age: Duration,
+    /// Whether frames to the reserved addresses 01:80:c2:00:00:00 to 0f are forwarded.
+    pub forward_reserved: bool,
+}
+
+/// One `[[port]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Unique in the switch.
+    pub name: String,
+    /// What is behind it.
+    pub kind: PortKind,
+    /// The socket's path, already resolved in the run directory, at most [`SOCKET_PATH_MAX`] bytes.
+    pub socket: PathBuf,
+    /// Which end of the socket we are.
+    pub side: Side,
+    /// Most queue pairs that the guest may use, 1 to 128.
+    pub queue_pairs: u16,
+    /// The core of the worker of each queue pair, if the user pinned them (as many as there are queue pairs).
+    pub queue_workers: Option<Vec<u32>>,
+    /// VLANs.
+    pub vlan: Vlan,
+    /// Ports with the same group do not talk to each other.
+    pub isolation: Option<String>,
+    /// Largest layer-3 packet that is sent to this port, in bytes; `None`: whatever fits [`FRAME_MAX`].
+    pub mtu: Option<u16>,
+    /// Limits on what comes in here and has to be flooded.
+    pub storm: Storm,
+    /// Addresses that always are at this port.
+    pub addresses: Vec<StaticAddress>,
+    /// Whether source addresses are learnt.
+    pub learn: bool,
+    /// Most addresses that this port may occupy in the learning table.
+    pub learn_limit: u32,
+    /// Whether only `addresses` may be used as source.
+    pub source_check: bool,
+    /// Features that are not offered to the guest.
+    pub disable: FeatureSet,
+    /// Most bytes of memory that a guest may share with us.
+    pub max_memory: u64,
+}
+
+/// How a port's socket comes to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// We listen.
+    Server {
+        /// Permissions of the socket.
+        mode: u32,
+        /// Its group (a gid), if it is not the process's own.
+        group: Option<u32>,
+    },
+    /// We connect, for ever.
+    Client {
+        /// Time between attempts.
+        reconnect: Duration,
+    },
+}
+
+/// The VLANs of a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Vlan {
+    /// Tags are not looked at.
+    Unaware,
+    /// Untagged frames belong to this VLAN; tagged ones do not come in.
+    Access(u16),
+    /// Tagged frames of these VLANs, in ascending order and apart from each other.
+    Trunk {
+        /// VLANs with a tag (`native` may be among them: then its tagged frames come in as well).
+        allowed: Vec<RangeInclusive<u16>>,
+        /// The VLAN of untagged frames; `None`: they do not come in.
+        native: Option<u16>,
+    },
+}
+
+/// Limits in frames a second; `None`: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Storm {
+    /// Frames to ff:ff:ff:ff:ff:ff.
+    pub broadcast: Option<u32>,
+    /// Frames to unicast addresses that are at no known port.
+    pub unknown: Option<u32>,
+    /// Frames to group addresses.
+    pub multicast: Option<u32>,
+}
+
+/// An address that always is at one port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StaticAddress {
+    /// A unicast address.
+    pub address: [u8; 6],
+    /// In this VLAN; `None`: the port is VLAN-unaware.
+    pub vlan: Option<u16>,
+}
+
+impl Config {
+    /// Reads and validates a file. Relative socket paths resolve in `run_dir`.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn load(file: &Path, run_dir: &Path, surroundings: &dyn Surroundings) -> Result<Self, ConfigErrors> {
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            let message = match error.kind() {
+                std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
+                std::io::ErrorKind::InvalidData => "is not a text file (UTF-8)".to_owned(),
+                _ => format!("cannot be read: {error}"),
+            };
+            ConfigErrors { file: file.to_owned(), problems: vec![Problem { at: None, message }] }
+        })?;
+        Self::parse(&text, file, run_dir, surroundings)
+    }
+
+    /// Validates the text of a configuration; `file` is what messages call it.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn parse(
+        text: &str,
+        file: &Path,
+        run_dir: &Path,
+        surroundings: &dyn Surroundings,
+    ) -> Result<Self, ConfigErrors> {
+        let mut problems = Problems::of(text);
+        let (document, errors) = toml::de::DeTable::parse_recoverable(text);
+        if !errors.is_empty() {
+            // What a half-understood file means is guesswork: only its syntax is reported.
+            for error in errors {
+                problems.add(error.span().unwrap_or(0..0), error.message().to_owned());
+            }
+            return problems.into_result(file, None);
+        }
+        let config = validate::document(document.get_ref(), file, run_dir, surroundings, &mut problems);
+        problems.into_result(file, config)
+    }
+
+    /// The port of this name.
+    pub fn port(&self, name: &str) -> Option<&PortConfig> {
+        self.ports.iter().find(|port| port.name == name)
+    }
+}

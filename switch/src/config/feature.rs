@@ -152,7 +152,8 @@ mod tests {
 
     #[test]
     fn every_feature_has_its_own_name_and_fits_the_set() {
-        let names: std::collections::BTreeSet<_> = Feature::ALL.iter().map(|feature| feature.name()).collect();
+        let names: std::collections::BTreeSet<_> =
+            Feature::ALL.iter().map(|feature| feature.name()).collect();
         assert_eq!(names.len(), Feature::ALL.len());
         assert!(Feature::ALL.len() <= 32);
         assert!(Feature::ALL.iter().all(|feature| Feature::by_name(feature.name()) == Some(*feature)));

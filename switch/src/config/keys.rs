@@ -12,8 +12,8 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::problem::{Problems, suggestion};
 use super::values::{
-    Bounded, CoreNumber, FeatureName, FrameRate, GroupName, HardwareAddress, Idle, Memory, PortKind, PortName, SocketMode,
-    SocketName, SocketSide, VlanId, VlanRange,
+    Bounded, CoreNumber, FeatureName, FrameRate, GroupName, HardwareAddress, Idle, Memory, PortKind,
+    PortName, SocketMode, SocketName, SocketSide, VlanId, VlanRange,
 };
 
 /// A value that can be read from one place in the file; `None` when it is wrong, and the problem was noted.
@@ -23,11 +23,16 @@ pub(super) trait Read: Sized {
 }
 
 /// Reads one value with its serde type.
-fn plain<T: DeserializeOwned>(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<T> {
+fn plain<T: DeserializeOwned>(
+    place: &str,
+    value: &Spanned<DeValue<'_>>,
+    problems: &mut Problems<'_>,
+) -> Option<T> {
     match T::deserialize(ValueDeserializer::from(value.clone())) {
         Ok(read) => Some(read),
         Err(error) => {
-            let what = error.message().trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
+            let what =
+                error.message().trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
             let message = format!("{place}: {}", what.replacen(", expected ", ": wanted ", 1));
             problems.add(error.span().unwrap_or_else(|| value.span()), message);
             None
@@ -65,7 +70,8 @@ impl<T: Read> Read for Vec<Spanned<T>> {
             problems.add(value.span(), format!("{place}: {kind}: wanted a list, in square brackets"));
             return None;
         };
-        let mut read = |element| Some(Spanned::new(Spanned::span(element), T::read(place, element, problems)?));
+        let mut read =
+            |element| Some(Spanned::new(Spanned::span(element), T::read(place, element, problems)?));
         let read: Vec<_> = elements.iter().map(&mut read).collect();
         read.into_iter().collect()
     }
@@ -117,7 +123,7 @@ macro_rules! keys {
                             keys.$key = <$type>::read(&place, value, problems)
                                 .map(|read| Spanned::new(value.span(), read));
                             if keys.$key.is_none() {
-                                keys.wrong.keys.push(name);
+                                keys.wrong.keys.push(stringify!($key));
                             }
                         })+
                         unknown => {
@@ -267,7 +273,10 @@ impl Read for StaticKeys {
         }
         let table = StaticTable::read(place, value, problems)?;
         let Some(address) = table.address else {
-            problems.add(value.span(), format!("{place}: `address` is missing: {{ address = \"02:…\", vlan = 20 }}"));
+            problems.add(
+                value.span(),
+                format!("{place}: `address` is missing: {{ address = \"02:…\", vlan = 20 }}"),
+            );
             return None;
         };
         Some(Self { address: address.into_inner(), vlan: table.vlan })

@@ -30,7 +30,8 @@ pub trait Surroundings {
     fn socket(&self, path: &Path, side: SocketSide) -> Result<(), String>;
 }
 
-/// The machine and the process that we are.
+/// The machine and the process that we are, as they were when this was made.
+#[derive(Clone, Debug)]
 pub struct ThisMachine {
     online: Option<CoreSet>,
     permitted: Option<CoreSet>,
@@ -38,11 +39,17 @@ pub struct ThisMachine {
 }
 
 impl ThisMachine {
-    /// `ours` are sockets that this process listens on already: that they answer is no problem.
-    pub fn new(ours: Vec<PathBuf>) -> Self {
+    /// Asks the kernel. Ask before the process pins its threads: a pinned thread may run nowhere else.
+    pub fn now() -> Self {
         // Where the kernel does not tell, pinning the worker will.
-        let online = topology::online_cores(Path::new("/sys")).ok();
-        Self { online, permitted: topology::permitted_cores().ok(), ours }
+        let online = topology::online_cores(Path::new("/")).ok();
+        Self { online, permitted: topology::permitted_cores().ok(), ours: Vec::new() }
+    }
+
+    /// The same machine when this process listens on these sockets: that they answer is no problem.
+    #[must_use]
+    pub fn listening_on(&self, ours: Vec<PathBuf>) -> Self {
+        Self { ours, ..self.clone() }
     }
 }
 
@@ -75,7 +82,9 @@ impl Surroundings for ThisMachine {
         if member {
             return Ok(gid.as_raw());
         }
-        Err(format!("this process is not in group {name:?} and so cannot give it a socket: usermod -aG {name} USER"))
+        Err(format!(
+            "this process is not in group {name:?} and so cannot give it a socket: usermod -aG {name} USER"
+        ))
     }
 
     fn socket(&self, path: &Path, side: SocketSide) -> Result<(), String> {
@@ -95,7 +104,10 @@ impl Surroundings for ThisMachine {
         if !found.file_type().is_socket() {
             return Err(format!("{} exists and is not a socket: move it away", path.display()));
         }
-        if side == SocketSide::Server && !self.ours.iter().any(|ours| ours == path) && UnixStream::connect(path).is_ok() {
+        if side == SocketSide::Server
+            && !self.ours.iter().any(|ours| ours == path)
+            && UnixStream::connect(path).is_ok()
+        {
             return Err(format!(
                 "{} is in use, another process answers there: give this port another `socket`, or end that process \
                  (ss -xlp shows it)",

@@ -8,6 +8,8 @@ mod feature;
 mod keys;
 mod machine;
 mod problem;
+#[cfg(test)]
+mod tests;
 mod validate;
 mod values;
 

@@ -77,7 +77,8 @@ impl<'t> Problems<'t> {
                 self.found.sort_by_key(|(start, _)| *start);
                 self.found.dedup();
                 let place = |start| line_and_column(self.text, start);
-                let problem = |(start, message): (Option<usize>, String)| Problem { at: start.map(place), message };
+                let problem =
+                    |(start, message): (Option<usize>, String)| Problem { at: start.map(place), message };
                 let problems = self.found.into_iter().map(problem).collect();
                 Err(ConfigErrors { file: file.to_owned(), problems })
             }

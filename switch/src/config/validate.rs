@@ -16,7 +16,8 @@ use super::values::{CoreNumber, FrameRate, PortName, SocketName, VlanRange};
 use crate::control::CONTROL_SOCKET;
 
 use super::{
-    Config, Idle, PortConfig, PortKind, SOCKET_PATH_MAX, Side, SocketSide, StaticAddress, Storm, SwitchConfig, Vlan,
+    Config, Idle, PortConfig, PortKind, SOCKET_PATH_MAX, Side, SocketSide, StaticAddress, Storm,
+    SwitchConfig, Vlan,
 };
 
 const BURST: usize = 32;
@@ -54,10 +55,15 @@ pub(super) fn document(
             ("port", DeValue::Array(tables)) if tables.iter().all(|table| table.get_ref().is_table()) => {
                 ports = tables.iter().collect();
             }
-            ("port", _) => problems.add(key.span(), "ports are a list of tables: write `[[port]]` before each"),
+            ("port", _) => {
+                problems.add(key.span(), "ports are a list of tables: write `[[port]]` before each")
+            }
             (unknown, _) => {
                 let hint = suggestion(unknown, &["switch", "port"]);
-                problems.add(key.span(), format!("unknown key `{unknown}` outside of `[switch]` and `[[port]]`; {hint}"));
+                problems.add(
+                    key.span(),
+                    format!("unknown key `{unknown}` outside of `[switch]` and `[[port]]`; {hint}"),
+                );
             }
         }
     }
@@ -85,7 +91,8 @@ fn switch(
     let mut cores = |key: &'static str, list: Option<Spanned<Vec<Spanned<CoreNumber>>>>| {
         let list = list?;
         if list.get_ref().is_empty() {
-            problems.add(list.span(), format!("`{key}` is empty: name at least one core, as in `{key} = [1]`"));
+            problems
+                .add(list.span(), format!("`{key}` is empty: name at least one core, as in `{key} = [1]`"));
         }
         let mut numbers = Vec::new();
         for core in list.into_inner() {
@@ -144,14 +151,24 @@ impl PortReader<'_, '_> {
         let place = written.map_or_else(String::new, |name| format!("port `{name}`: "));
         let mut keys = PortKeys::table(&place, table, self.problems);
         if keys.name.is_none() {
-            keys.wrong.or_missing("name", at.clone(), "what to call it, as in `name = \"vnf1\"`", self.problems);
+            keys.wrong.or_missing(
+                "name",
+                at.clone(),
+                "what to call it, as in `name = \"vnf1\"`",
+                self.problems,
+            );
         }
         if keys.kind.is_none() {
             let kinds = format!("what is behind it, one of {}", list(PortKind::WORDS));
             keys.wrong.or_missing("kind", at.clone(), &kinds, self.problems);
         }
         if keys.socket.is_none() {
-            keys.wrong.or_missing("socket", at, "where a VMM finds it, as in `socket = \"vnf1.sock\"`", self.problems);
+            keys.wrong.or_missing(
+                "socket",
+                at,
+                "where a VMM finds it, as in `socket = \"vnf1.sock\"`",
+                self.problems,
+            );
         }
         let name = keys.name.take().map(|name| self.name(name));
         let call = name.clone().unwrap_or_default();
@@ -188,7 +205,13 @@ impl PortReader<'_, '_> {
             learn: value_or(keys.learn, true),
             learn_limit: keys.learn_limit.map_or(LEARN_LIMIT, |limit| limit.into_inner().get()),
             source_check,
-            disable: keys.disable.map(Spanned::into_inner).unwrap_or_default().into_iter().map(|name| name.into_inner().0).collect(),
+            disable: keys
+                .disable
+                .map(Spanned::into_inner)
+                .unwrap_or_default()
+                .into_iter()
+                .map(|name| name.into_inner().0)
+                .collect(),
             max_memory: keys.max_memory.map_or(MAX_MEMORY, |memory| memory.into_inner().0),
         })
     }
@@ -198,7 +221,10 @@ impl PortReader<'_, '_> {
         let name = name.into_inner().0;
         let line = self.problems.line(&span);
         if let Some(first) = self.seen.names.get(&name) {
-            self.problems.add(span, format!("port `{name}` is there already, on line {first}: give this one another name"));
+            self.problems.add(
+                span,
+                format!("port `{name}` is there already, on line {first}: give this one another name"),
+            );
         } else {
             self.seen.names.insert(name.clone(), line);
         }
@@ -244,7 +270,8 @@ impl PortReader<'_, '_> {
         let span = socket.span();
         let path = self.run_dir.join(&socket.get_ref().0);
         let length = path.as_os_str().as_bytes().len();
-        let mut wrong = |message: String| self.problems.add(span.clone(), format!("{place}`socket`: {message}"));
+        let mut wrong =
+            |message: String| self.problems.add(span.clone(), format!("{place}`socket`: {message}"));
         if length > SOCKET_PATH_MAX {
             wrong(format!(
                 "{} is {length} bytes long, the kernel takes at most {SOCKET_PATH_MAX}: choose a shorter run directory \
@@ -254,7 +281,10 @@ impl PortReader<'_, '_> {
         } else if path == self.run_dir.join(CONTROL_SOCKET) {
             wrong(format!("{CONTROL_SOCKET} is the switch's own control socket: choose another name"));
         } else if let Some((other, line)) = self.seen.sockets.get(&path) {
-            wrong(format!("{} is the socket of port `{other}` on line {line}: each port has its own", path.display()));
+            wrong(format!(
+                "{} is the socket of port `{other}` on line {line}: each port has its own",
+                path.display()
+            ));
         } else if let Err(why) = self.surroundings.socket(&path, side) {
             wrong(why);
         }
@@ -270,7 +300,8 @@ impl PortReader<'_, '_> {
         let pinned = match (one, each) {
             (None, None) => return None,
             (Some(_), Some(each)) => {
-                let message = "`queue_workers` and `worker` both say where the queues go: take one of them out";
+                let message =
+                    "`queue_workers` and `worker` both say where the queues go: take one of them out";
                 self.problems.add(each.span(), format!("{place}{message}"));
                 return None;
             }
@@ -279,7 +310,8 @@ impl PortReader<'_, '_> {
                 let count = each.get_ref().len();
                 if count != usize::from(queue_pairs) {
                     let wanted = format!("{count} workers for {queue_pairs} queue pairs (`queue_pairs`)");
-                    self.problems.add(each.span(), format!("{place}`queue_workers`: {wanted}: name one for each"));
+                    self.problems
+                        .add(each.span(), format!("{place}`queue_workers`: {wanted}: name one for each"));
                 }
                 each.into_inner()
             }
@@ -287,8 +319,10 @@ impl PortReader<'_, '_> {
         for core in &pinned {
             let number = core.get_ref().get::<u32>();
             if !self.workers.is_empty() && !self.workers.contains(&number) {
-                let message = format!("core {number} is not one of `workers` {:?} in `[switch]`", self.workers);
-                self.problems.add(core.span(), format!("{place}{message}: add it there, or choose one of them"));
+                let message =
+                    format!("core {number} is not one of `workers` {:?} in `[switch]`", self.workers);
+                self.problems
+                    .add(core.span(), format!("{place}{message}: add it there, or choose one of them"));
             }
         }
         Some(pinned.into_iter().map(|core| core.into_inner().get()).collect())
@@ -311,7 +345,8 @@ impl PortReader<'_, '_> {
                 native: keys.native.map(|native| native.into_inner().get()),
             },
             (Some(_), Some(trunk)) => {
-                let message = "a port is either `access` or `trunk` (untagged frames of a trunk belong to `native`)";
+                let message =
+                    "a port is either `access` or `trunk` (untagged frames of a trunk belong to `native`)";
                 self.problems.add(trunk.span(), format!("{place}`vlan`: {message}"));
                 Vlan::Unaware
             }
@@ -325,7 +360,13 @@ impl PortReader<'_, '_> {
     }
 
     /// A static address in the VLAN that it belongs to.
-    fn address(&mut self, place: &str, name: &str, written: Spanned<StaticKeys>, vlan: &Vlan) -> Option<StaticAddress> {
+    fn address(
+        &mut self,
+        place: &str,
+        name: &str,
+        written: Spanned<StaticKeys>,
+        vlan: &Vlan,
+    ) -> Option<StaticAddress> {
         let span = written.span();
         let StaticKeys { address, vlan: given } = written.into_inner();
         let given_number = given.as_ref().map(|vlan| vlan.get_ref().get::<u16>());
@@ -355,7 +396,8 @@ impl PortReader<'_, '_> {
         };
         let line = self.problems.line(&span);
         if let Some((other, line)) = self.seen.addresses.get(&entry) {
-            let message = format!("this address is at port `{other}` already, on line {line}: it can be at one only");
+            let message =
+                format!("this address is at port `{other}` already, on line {line}: it can be at one only");
             self.problems.add(span, format!("{place}`addresses`: {message}"));
             return None;
         }

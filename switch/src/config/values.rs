@@ -239,7 +239,9 @@ impl<'de> Deserialize<'de> for VlanRange {
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
                 let (first, last) = text.split_once('-').unwrap_or((text, text));
                 match (first.trim().parse::<u16>(), last.trim().parse::<u16>()) {
-                    (Ok(first @ 1..=4_094), Ok(last @ 1..=4_094)) if first <= last => Ok(VlanRange(first..=last)),
+                    (Ok(first @ 1..=4_094), Ok(last @ 1..=4_094)) if first <= last => {
+                        Ok(VlanRange(first..=last))
+                    }
                     _ => Err(E::invalid_value(Unexpected::Str(text), &self)),
                 }
             }

@@ -1,0 +1,286 @@
+//! Whole files: what is promised to whoever writes one.
+
+use std::path::Path;
+
+use super::*;
+
+/// A machine with cores 0 to 7, of which 6 and 7 are not ours, the group `kvm`, and a socket that answers.
+struct Lab;
+
+impl Surroundings for Lab {
+    fn core(&self, core: u32) -> Result<(), String> {
+        match core {
+            0..=5 => Ok(()),
+            6 | 7 => Err(format!("core {core} is not permitted")),
+            _ => Err(format!("there is no core {core}")),
+        }
+    }
+
+    fn group(&self, name: &str) -> Result<u32, String> {
+        if name == "kvm" { Ok(36) } else { Err(format!("there is no group {name:?}")) }
+    }
+
+    fn socket(&self, path: &Path, _: SocketSide) -> Result<(), String> {
+        if path.ends_with("busy.sock") { Err("is in use".to_owned()) } else { Ok(()) }
+    }
+}
+
+fn parse(text: &str) -> Result<Config, ConfigErrors> {
+    Config::parse(text, Path::new("test.toml"), Path::new("/run/cableway"), &Lab)
+}
+
+/// The problems of a file, one a line, as the user sees them.
+fn problems(text: &str) -> String {
+    parse(text).unwrap_err().to_string()
+}
+
+/// A valid `[switch]` and the `[[port]]` keys given, on line 3.
+fn port(keys: &str) -> Result<Config, ConfigErrors> {
+    parse(&format!(
+        "switch = {{ workers = [1, 2] }}\n[[port]]\n{keys}\nname = 'a'\nkind = 'vhost-user'\nsocket = 'a.sock'\n"
+    ))
+}
+
+fn port_problem(keys: &str) -> String {
+    port(keys).unwrap_err().to_string()
+}
+
+fn one(keys: &str) -> PortConfig {
+    port(keys).unwrap().ports.remove(0)
+}
+
+const CONFIGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs");
+
+#[test]
+fn every_file_that_a_user_may_copy_is_valid() {
+    let files: Vec<_> = std::fs::read_dir(CONFIGS).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.len() >= 3, "{files:?}");
+    for file in files {
+        if let Err(errors) = Config::load(&file, Path::new("/run/cableway"), &Lab) {
+            panic!("{errors}");
+        }
+    }
+}
+
+#[test]
+fn the_example_explains_every_key_and_every_feature() {
+    let text = std::fs::read_to_string(format!("{CONFIGS}/example.toml")).unwrap();
+    // A key counts as shown when a line sets it, or a comment shows how to: `# key = …`, or inside `{ key = …`.
+    let shown = |key: &str| text.contains(&format!("\n{key} = ")) || text.contains(&format!("\n# {key} = "));
+    let nested = |key: &str| text.contains(&format!("{{ {key} = ")) || text.contains(&format!(", {key} = "));
+    for (table, key) in vocabulary() {
+        assert!(if matches!(table, "switch" | "port") { shown(key) } else { nested(key) }, "{table}: {key}");
+    }
+    for feature in Feature::ALL {
+        assert!(text.contains(&format!("#   {:<20}", feature.name())), "{}", feature.name());
+    }
+}
+
+#[test]
+fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
+    let config = port("").unwrap();
+    assert_eq!(
+        config.switch,
+        SwitchConfig {
+            workers: vec![1, 2],
+            housekeeping: None,
+            idle: Idle::Poll,
+            burst: 32,
+            fdb_size: 65_536,
+            fdb_age: Duration::from_secs(300),
+            forward_reserved: false,
+        }
+    );
+    assert_eq!(
+        config.ports,
+        [PortConfig {
+            name: "a".into(),
+            kind: PortKind::VhostUser,
+            socket: "/run/cableway/a.sock".into(),
+            side: Side::Server { mode: 0o660, group: None },
+            queue_pairs: 1,
+            queue_workers: None,
+            vlan: Vlan::Unaware,
+            isolation: None,
+            mtu: None,
+            storm: Storm::default(),
+            addresses: vec![],
+            learn: true,
+            learn_limit: 4_096,
+            source_check: false,
+            disable: FeatureSet::default(),
+            max_memory: 1 << 40,
+        }]
+    );
+}
+
+#[test]
+fn values_mean_what_they_say() {
+    let pinned = one("queue_pairs = 2\nqueue_workers = [2, 1]\nsocket_mode = '0600'\nsocket_group = 'kvm'");
+    assert_eq!(pinned.queue_workers, Some(vec![2, 1]));
+    assert_eq!(pinned.side, Side::Server { mode: 0o600, group: Some(36) });
+    assert_eq!(one("queue_pairs = 3\nworker = 2").queue_workers, Some(vec![2, 2, 2]));
+    let client = one("mode = 'client'\nreconnect_ms = 250");
+    assert_eq!(client.side, Side::Client { reconnect: Duration::from_millis(250) });
+    let trunk = one("vlan = { trunk = [30, '10-19', 20, '15-25'], native = 1 }");
+    assert_eq!(trunk.vlan, Vlan::Trunk { allowed: vec![10..=25, 30..=30], native: Some(1) });
+    for (written, bytes) in
+        [("2", 2 << 30), ("'512 MiB'", 512 << 20), ("'3GiB'", 3 << 30), ("'1 TiB'", 1 << 40)]
+    {
+        assert_eq!(one(&format!("max_memory = {written}")).max_memory, bytes);
+    }
+    let off = one("disable = ['packed', 'log']").disable;
+    assert_eq!(off.iter().collect::<Vec<_>>(), [Feature::Packed, Feature::Log]);
+    let size = parse("[switch]\nworkers = [0]\nfdb_size = 100000").unwrap().switch.fdb_size;
+    assert_eq!(size, 131_072);
+}
+
+#[test]
+fn a_static_address_belongs_to_a_vlan_of_its_port() {
+    let at = |vlan: &str, address: &str| {
+        port(&format!("vlan = {vlan}\naddresses = [{address}]"))
+            .map(|mut config| config.ports.remove(0).addresses[0].vlan)
+    };
+    let plain = "'02:00:00:00:00:01'";
+    let in_20 = "{ address = '02:00:00:00:00:01', vlan = 20 }";
+    assert_eq!(one(&format!("addresses = [{plain}]")).addresses[0].vlan, None);
+    assert_eq!(at("{ access = 10 }", plain), Ok(Some(10)));
+    assert_eq!(at("{ trunk = [20], native = 1 }", plain), Ok(Some(1)));
+    assert_eq!(at("{ trunk = [20], native = 1 }", in_20), Ok(Some(20)));
+    assert!(at("{ trunk = [20] }", plain).unwrap_err().to_string().contains("which VLAN"));
+    assert!(
+        at("{ access = 10 }", in_20).unwrap_err().to_string().contains("VLAN 20 is not one of the port's")
+    );
+}
+
+#[test]
+fn all_problems_are_found_in_one_pass_in_the_order_of_lines() {
+    let text = "\
+[swich]
+[switch]
+workers = [1, 1, 6, 99]
+burst = 900
+idle = \"sleeping\"
+[[port]]
+name = \"a\"
+kind = \"vhost-usr\"
+sokcet = \"a.sock\"
+queue_pairs = \"two\"
+[[port]]
+name = \"a\"
+kind = \"vhost-user\"
+socket = \"busy.sock\"
+worker = 3
+vlan = { access = 5000 }
+";
+    let expected = "\
+test.toml:1:2: unknown key `swich` outside of `[switch]` and `[[port]]`; did you mean `switch`?
+test.toml:3:15: `workers`: core 1 is used already, in `workers` on line 3; a core has one task
+test.toml:3:18: `workers`: core 6 is not permitted
+test.toml:3:21: `workers`: there is no core 99
+test.toml:4:9: `burst`: integer `900`: wanted a whole number from 1 to 64
+test.toml:5:8: `idle`: \"sleeping\" is unknown; there are `poll` and `sleep`
+test.toml:6:1: [[port]] needs `socket`: where a VMM finds it, as in `socket = \"vnf1.sock\"`
+test.toml:8:8: port `a`: `kind`: \"vhost-usr\" is unknown; did you mean `vhost-user`?
+test.toml:9:1: port `a`: unknown key `sokcet` in [[port]]; did you mean `socket`?
+test.toml:10:15: port `a`: `queue_pairs`: string \"two\": wanted a whole number from 1 to 128
+test.toml:12:8: port `a` is there already, on line 7: give this one another name
+test.toml:14:10: port `a`: `socket`: is in use
+test.toml:15:10: port `a`: core 3 is not one of `workers` [1, 1, 6, 99] in `[switch]`: add it there, or choose one of them
+test.toml:16:19: port `a`: `vlan`: `access`: integer `5000`: wanted a whole number from 1 to 4094";
+    assert_eq!(problems(text), expected);
+}
+
+#[test]
+fn a_file_with_broken_syntax_is_reported_for_that_alone() {
+    let text = "[switch]\nworkers = [1\nfdb_size = \n[[port]]\nname = a\n";
+    let seen = problems(text);
+    assert!(seen.starts_with("test.toml:") && !seen.contains("needs"), "{seen}");
+    assert!(problems("[switch]\nworkers = [1]\nworkers = [2]\n").contains("test.toml:3:1: duplicate key"));
+}
+
+#[test]
+fn a_wrong_value_says_what_is_wanted() {
+    for (keys, wanted) in [
+        ("kind2 = 1", "unknown key `kind2` in [[port]]; did you mean `kind`?"),
+        ("mtu = 9500", "`mtu`: integer `9500`: wanted a whole number from 68 to 9202"),
+        ("socket_mode = '0999'", "permissions, octal, like \"0660\""),
+        ("socket_mode = 660", "`socket_mode`: integer `660`: wanted permissions in quotes, octal"),
+        ("socket_group = 'nobodies'", "there is no group \"nobodies\""),
+        ("mode = 'listen'", "there are `server` and `client`"),
+        ("reconnect_ms = 100", "`reconnect_ms` works only with `mode = \"client\"`"),
+        ("mode = 'client'\nsocket_mode = '0600'", "`socket_mode` works only with `mode = \"server\"`"),
+        ("worker = 1\nqueue_workers = [1]", "both say where the queues go"),
+        ("queue_pairs = 2\nqueue_workers = [1]", "1 workers for 2 queue pairs"),
+        ("vlan = { access = 1, trunk = [2] }", "either `access` or `trunk`"),
+        ("vlan = { native = 1 }", "wanted `{ access = 10 }` or"),
+        ("vlan = 10", "`vlan`: integer: wanted a table"),
+        ("vlan = { trunk = ['200-100'] }", "a VLAN from 1 to 4094, or a range"),
+        ("addresses = ['03:00:00:00:00:01']", "is a group address"),
+        ("addresses = ['02:00:00:00:00']", "wanted six hexadecimal bytes"),
+        (
+            "addresses = ['02:00:00:00:00:01', '02-00-00-00-00-01']",
+            "this address is at port `a` already, on line 3",
+        ),
+        ("source_check = true", "there are none"),
+        ("storm = { broadcast = 0 }", "`storm`: `broadcast`: integer `0`: wanted a whole number from 1"),
+        ("disable = ['mrg_rxbuff']", "\"mrg_rxbuff\" is no feature; did you mean `mrg_rxbuf`?"),
+        ("max_memory = '1 TB'", "`max_memory`: string \"1 TB\": wanted an amount like"),
+        ("max_memory = -1", "wanted an amount like"),
+        ("isolation = ''", "the name is empty"),
+        ("learn = 1", "`learn`: integer `1`: wanted a boolean"),
+    ] {
+        let seen = port_problem(keys);
+        assert!(
+            seen.starts_with("test.toml:") && seen.contains(wanted) && seen.lines().count() == 1,
+            "{keys}: {seen}"
+        );
+    }
+}
+
+#[test]
+fn a_name_or_socket_that_cannot_work_is_refused() {
+    let with = |name: &str, socket: &str| {
+        let port = format!("[[port]]\nname = '{name}'\nkind = 'vhost-user'\nsocket = '{socket}'\n");
+        problems(&format!("[switch]\nworkers = [1]\n{port}"))
+    };
+    assert!(with("a/b", "a.sock").contains("'/' is not possible in a name"));
+    assert!(with(&"n".repeat(65), "a.sock").contains("65 characters long"));
+    assert!(with("a", &"s".repeat(120)).contains("is 134 bytes long, the kernel takes at most 107"));
+    assert!(with("a", "switch.sock").contains("control socket"));
+    let twice = "[switch]\nworkers = [1]\n[[port]]\nname = 'a'\nkind = 'vhost-user'\nsocket = 'x'\n[[port]]\nname = 'b'\n\
+                 kind = 'vhost-user'\nsocket = '/run/cableway/x'\n";
+    assert!(problems(twice).contains(
+        "test.toml:10:10: port `b`: `socket`: /run/cableway/x is the socket of port `a` on line 6"
+    ));
+}
+
+#[test]
+fn a_switch_needs_its_workers_and_keeps_them_apart_from_housekeeping() {
+    assert!(problems("").contains("test.toml: `[switch]` is missing"));
+    assert!(problems("[switch]\nburst = 1\n").contains("test.toml:1:2: [switch] needs `workers`"));
+    assert!(problems("[switch]\nworkers = []\n").contains("is empty"));
+    let shared = problems("[switch]\nworkers = [1]\nhousekeeping = [0, 1]\n");
+    assert!(
+        shared.contains("test.toml:3:20: `housekeeping`: core 1 is used already, in `workers` on line 2")
+    );
+    assert!(problems("[switch]\nworkers = [1]\n[port]\nname = 'a'\n").contains("write `[[port]]`"));
+    assert!(
+        problems("[switch]\nworkers = 1\n")
+            .ends_with("`workers`: integer: wanted a list, in square brackets")
+    );
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::load(Path::new("/nowhere/x.toml"), Path::new("/run"), &Lab).unwrap_err();
+    assert_eq!(error.to_string(), "/nowhere/x.toml: there is no such file");
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_gives_a_configuration_or_problems_and_never_a_panic(text in "\\PC{0,200}", keys in "[a-z_]{1,14} = [\\[\\]{}0-9a-z\"', =]{0,20}") {
+        let _ = parse(&text);
+        let _ = port(&keys);
+    }
+}

@@ -8,10 +8,12 @@
 mod burst;
 mod drops;
 mod offload;
+mod scratch;
 
 pub use burst::{Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, Release, Segment};
 pub use drops::DropReason;
 pub use offload::{Gso, Offload, OffloadError};
+pub use scratch::Scratch;
 
 /// The longest frame that any port accepts: a 64 KiB segmentation-offload packet with its Ethernet header and VLAN tags.
 pub const MAX_FRAME: u32 = 65_535 + 14 + 8;
@@ -31,6 +33,10 @@ pub enum TagEdit {
 
 /// The side of a port that frames come in on.
 pub trait RxQueue {
+    /// How many frames wait, at most a burst: exact enough to know whether there is none. Starts fetching them from memory;
+    /// writes nothing, so that polling an idle queue disturbs nobody.
+    fn peek(&mut self) -> usize;
+
     /// Takes up to [`MAX_BURST`] frames. They stay in the sender's memory until the burst is released or dropped.
     fn poll<'q>(&'q mut self, buffer: &'q mut BurstBuffer) -> Burst<'q>;
 }
@@ -42,5 +48,5 @@ pub trait TxQueue {
     fn prepare(&mut self, frames: usize);
 
     /// Copies the frames of `set` out. Each is sent or counted under one [`DropReason`] of this queue.
-    fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit);
+    fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, scratch: &mut Scratch);
 }

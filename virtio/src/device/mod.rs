@@ -33,6 +33,9 @@ pub trait Ring {
     /// The ring is broken, and must not be used any more. Chains fetched before are whole.
     fn fetch(&mut self, want: usize) -> Result<usize, RingError>;
 
+    /// What it was started with; where it logs may have changed since.
+    fn setup(&self) -> &RingSetup;
+
     /// The chains that were fetched and not used.
     fn stock(&self) -> &Stock;
 
@@ -63,6 +66,10 @@ pub enum DeviceRing {
     Packed(PackedRing),
 }
 
+// SAFETY: the pointers in a ring's views are into guest memory that its `RingSetup::memory` (and `inflight`) keeps mapped,
+// whichever thread runs the ring.
+unsafe impl Send for DeviceRing {}
+
 /// `match` on the layout once, then run the same code over the concrete ring.
 #[macro_export]
 macro_rules! with_ring {
@@ -84,11 +91,6 @@ impl DeviceRing {
             Layout::Split => SplitRing::start(setup).map(DeviceRing::Split),
             Layout::Packed => PackedRing::start(setup).map(DeviceRing::Packed),
         }
-    }
-
-    /// What it was started with; `log` may have changed since.
-    pub fn setup(&self) -> &RingSetup {
-        with_ring!(self, r => r.setup())
     }
 
     /// What it was started with, to change where it logs.

@@ -141,10 +141,6 @@ impl PackedRing {
         Ok(position)
     }
 
-    pub(super) fn setup(&self) -> &RingSetup {
-        &self.setup
-    }
-
     pub(super) fn setup_mut(&mut self) -> &mut RingSetup {
         &mut self.setup
     }
@@ -255,6 +251,11 @@ impl Ring for PackedRing {
             }
         }
         Ok(self.stock.len())
+    }
+
+    #[inline(always)]
+    fn setup(&self) -> &RingSetup {
+        &self.setup
     }
 
     #[inline(always)]

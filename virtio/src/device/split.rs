@@ -86,10 +86,6 @@ impl SplitRing {
         Ok(ring)
     }
 
-    pub(super) fn setup(&self) -> &RingSetup {
-        &self.setup
-    }
-
     pub(super) fn setup_mut(&mut self) -> &mut RingSetup {
         &mut self.setup
     }
@@ -249,6 +245,11 @@ impl Ring for SplitRing {
             }
         }
         Ok(self.stock.len())
+    }
+
+    #[inline(always)]
+    fn setup(&self) -> &RingSetup {
+        &self.setup
     }
 
     #[inline(always)]

@@ -72,6 +72,10 @@ pub trait Device: Send {
     /// The device status byte that the front end forwards (VHOST_USER_SET_STATUS).
     fn set_status(&mut self, status: u8);
 
+    /// A message was refused, or a ring that is complete cannot start: `what` says which and why. The session goes on, or
+    /// [`Device::disconnected`] follows.
+    fn refused(&mut self, _what: &str) {}
+
     /// The front end is gone: all rings were stopped. `reason` says how the session ended.
     fn disconnected(&mut self, reason: &str);
 }

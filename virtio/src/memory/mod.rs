@@ -11,6 +11,8 @@ pub mod packed;
 pub mod split;
 
 use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use log::{DirtyLog, LOG_PAGE};
 
@@ -54,9 +56,15 @@ pub struct HostRange {
     pub guest: u64,
 }
 
+// SAFETY: an address and a length; whoever uses them does so by volatile or atomic operations, on any thread.
+unsafe impl Send for HostRange {}
+// SAFETY: as above.
+unsafe impl Sync for HostRange {}
+
 /// A guest's memory: a table of mapped regions. Changing it means building another one.
 pub struct GuestMemory {
     regions: Vec<Region>,
+    gone: Arc<AtomicBool>,
     _mapping: Box<dyn Any + Send + Sync>,
 }
 
@@ -93,7 +101,19 @@ impl GuestMemory {
                 return Err(RegionError::Overlap(a.guest, b.guest));
             }
         }
-        Ok(Self { regions, _mapping: mapping })
+        Ok(Self { regions, gone: Arc::default(), _mapping: mapping })
+    }
+
+    /// With the flag that a fault handler sets when the owner of the memory took it away.
+    pub fn with_gone(mut self, gone: Arc<AtomicBool>) -> Self {
+        self.gone = gone;
+        self
+    }
+
+    /// Whether the owner took the memory away (zeros lie there now): the port that works on it stops.
+    #[inline(always)]
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
     }
 
     /// The regions, by guest address.

@@ -1,0 +1,11 @@
+//! The switch with clients that we did not write: DPDK's virtio-user ports and QEMU's guests.
+//!
+//! Owns what is between `cableway switch` and those clients, and nothing that can be tested without them. All tests here
+//! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
+//! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one).
+
+mod guest;
+mod qemu;
+mod qemu_migration;
+mod switch;
+mod testpmd;

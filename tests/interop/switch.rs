@@ -1,0 +1,129 @@
+//! A `cableway switch` process under test, with a run directory of its own.
+//!
+//! Owns the process and its directory: both are gone when the value is dropped. Prints the log of a switch whose test
+//! failed.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// The switch.
+pub(crate) struct Switch {
+    process: Child,
+    config: PathBuf,
+    ports: Vec<String>,
+    dir: TempDir,
+}
+
+impl Switch {
+    /// A learning bridge of `ports` vhost-user ports that listen on `v0.sock`, `v1.sock` and so on. Its worker sleeps when
+    /// nothing comes in: the guests need the core more.
+    pub(crate) fn with_ports(ports: usize) -> Self {
+        let mut config = "[switch]\nworkers = [1]\nidle = \"sleep\"\n".to_owned();
+        for port in 0..ports {
+            write!(
+                config,
+                "\n[[port]]\nname = \"v{port}\"\nkind = \"vhost-user\"\nsocket = \"v{port}.sock\"\n"
+            )
+            .unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("switch.toml");
+        std::fs::write(&file, config).unwrap();
+        Self::start(dir, file, ports)
+    }
+
+    /// The switch that a file of `configs/` describes; it has `ports` ports.
+    pub(crate) fn of_file(name: &str, ports: usize) -> Self {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
+        Self::start(tempfile::tempdir().unwrap(), file, ports)
+    }
+
+    fn start(dir: TempDir, config: PathBuf, ports: usize) -> Self {
+        let process = spawn(&config, dir.path());
+        let ports = (0..ports).map(|port| format!("v{port}")).collect();
+        let switch = Self { process, config, ports, dir };
+        switch.wait_for_sockets();
+        switch
+    }
+
+    /// The run directory.
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The socket of port `port`.
+    pub(crate) fn socket(&self, port: usize) -> PathBuf {
+        self.dir().join(format!("v{port}.sock"))
+    }
+
+    /// Ends the switch without warning, as `kill -9` does, and starts it again.
+    pub(crate) fn crash_and_restart(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        self.process = spawn(&self.config, self.dir.path());
+        self.wait_for_sockets();
+    }
+
+    /// Everything the switch has logged.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.dir().join("switch.log")).unwrap_or_default()
+    }
+
+    fn wait_for_sockets(&self) {
+        let end = Instant::now() + Duration::from_secs(5);
+        let listening = |port: &String| {
+            let socket = self.dir().join(format!("{port}.sock"));
+            socket.exists() && std::fs::metadata(&socket).is_ok()
+        };
+        while !self.ports.iter().all(listening) {
+            assert!(Instant::now() < end, "the switch has no sockets after 5 s:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the switch's log:\n{}", tail(&self.log(), 40));
+        }
+    }
+}
+
+fn spawn(config: &Path, dir: &Path) -> Child {
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        // What a killed switch left behind is its own to replace; but waiting for sockets must not see the old ones.
+        if entry.file_name().to_string_lossy().ends_with(".sock") {
+            let _ = std::fs::rename(entry.path(), entry.path().with_extension("stale"));
+        }
+    }
+    let log = File::options().create(true).append(true).open(dir.join("switch.log")).unwrap();
+    Command::new(binary())
+        .arg("switch")
+        .arg(config)
+        .arg("--run-dir")
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .expect("cableway starts")
+}
+
+/// The binary under test.
+fn binary() -> PathBuf {
+    std::env::var_os("CABLEWAY").map_or_else(|| env!("CARGO_BIN_EXE_cableway").into(), PathBuf::from)
+}
+
+/// The last `lines` lines of `text`.
+pub(crate) fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<_> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}

@@ -4,6 +4,9 @@
 //! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
 //! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one).
 
+// What a test's world is made of stops the test by panicking, with what it expected.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod guest;
 mod qemu;
 mod qemu_migration;

@@ -1,4 +1,5 @@
 //! The virtual switch: vhost-user ports, the pipeline, workers, and their control.
 
+pub mod bridge;
 pub mod config;
 pub mod control;

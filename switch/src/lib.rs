@@ -3,3 +3,4 @@
 pub mod bridge;
 pub mod config;
 pub mod control;
+pub mod offload;

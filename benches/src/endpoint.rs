@@ -21,6 +21,30 @@ pub trait Endpoint {
     fn free(&mut self, buffer: Self::Buffer);
 }
 
+impl<E: Endpoint> Endpoint for &mut E {
+    type Buffer = E::Buffer;
+
+    #[inline(always)]
+    fn receive(&mut self, into: &mut Vec<E::Buffer>, max: usize) -> usize {
+        (**self).receive(into, max)
+    }
+
+    #[inline(always)]
+    fn transmit(&mut self, from: &mut Vec<E::Buffer>) -> usize {
+        (**self).transmit(from)
+    }
+
+    #[inline(always)]
+    fn allocate(&mut self) -> Option<E::Buffer> {
+        (**self).allocate()
+    }
+
+    #[inline(always)]
+    fn free(&mut self, buffer: E::Buffer) {
+        (**self).free(buffer);
+    }
+}
+
 /// Bytes of a frame, read by value: the memory may be shared with the switch.
 pub trait Bytes {
     /// Bytes of the frame, without FCS.

@@ -13,3 +13,5 @@ pub mod pace;
 pub mod pinger;
 pub mod reflector;
 pub mod sink;
+pub mod station;
+pub mod trial;

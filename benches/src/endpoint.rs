@@ -5,8 +5,8 @@
 
 /// A port that takes and gives bursts of owned buffers. Never blocks.
 pub trait Endpoint {
-    /// A buffer with room for one frame.
-    type Buffer: FrameBuffer;
+    /// The right to a buffer with room for one frame.
+    type Buffer;
 
     /// Appends up to `max` received frames to `into`; returns how many.
     fn receive(&mut self, into: &mut Vec<Self::Buffer>, max: usize) -> usize;
@@ -19,6 +19,12 @@ pub trait Endpoint {
 
     /// Gives a buffer back.
     fn free(&mut self, buffer: Self::Buffer);
+
+    /// The frame in a buffer of this port, to read.
+    fn frame(&self, buffer: &Self::Buffer) -> impl Bytes;
+
+    /// The frame in a buffer of this port, to write.
+    fn frame_mut(&mut self, buffer: &mut Self::Buffer) -> impl FrameBuffer;
 }
 
 impl<E: Endpoint> Endpoint for &mut E {
@@ -43,6 +49,16 @@ impl<E: Endpoint> Endpoint for &mut E {
     fn free(&mut self, buffer: E::Buffer) {
         (**self).free(buffer);
     }
+
+    #[inline(always)]
+    fn frame(&self, buffer: &E::Buffer) -> impl Bytes {
+        (**self).frame(buffer)
+    }
+
+    #[inline(always)]
+    fn frame_mut(&mut self, buffer: &mut E::Buffer) -> impl FrameBuffer {
+        (**self).frame_mut(buffer)
+    }
 }
 
 /// Bytes of a frame, read by value: the memory may be shared with the switch.
@@ -50,7 +66,7 @@ pub trait Bytes {
     /// Bytes of the frame, without FCS.
     fn len(&self) -> usize;
 
-    /// The `N` bytes at `at`; zeros if they do not all lie inside the buffer.
+    /// The `N` bytes at `at`. Those that lie outside the frame are unspecified.
     fn load<const N: usize>(&self, at: usize) -> [u8; N];
 
     /// Whether the frame has no bytes.
@@ -68,6 +84,17 @@ pub trait FrameBuffer: Bytes {
     fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]);
 }
 
+impl<B: Bytes + ?Sized> Bytes for &B {
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, at: usize) -> [u8; N] {
+        (**self).load(at)
+    }
+}
+
 impl Bytes for [u8] {
     fn len(&self) -> usize {
         <[u8]>::len(self)
@@ -75,7 +102,10 @@ impl Bytes for [u8] {
 
     #[inline(always)]
     fn load<const N: usize>(&self, at: usize) -> [u8; N] {
-        self.get(at..).and_then(<[u8]>::first_chunk::<N>).copied().unwrap_or([0; N])
+        match self.get(at..).and_then(<[u8]>::first_chunk::<N>) {
+            Some(bytes) => *bytes,
+            None => std::array::from_fn(|i| self.get(at + i).copied().unwrap_or(0)),
+        }
     }
 }
 
@@ -115,6 +145,24 @@ pub(crate) mod tests {
             if let Some(place) = self.bytes.get_mut(at..).and_then(<[u8]>::first_chunk_mut::<N>) {
                 *place = bytes;
             }
+        }
+    }
+
+    impl Bytes for &mut VecBuffer {
+        fn len(&self) -> usize {
+            self.bytes.len()
+        }
+        fn load<const N: usize>(&self, at: usize) -> [u8; N] {
+            self.bytes.as_slice().load(at)
+        }
+    }
+
+    impl FrameBuffer for &mut VecBuffer {
+        fn set_len(&mut self, len: usize) {
+            (**self).set_len(len);
+        }
+        fn store<const N: usize>(&mut self, at: usize, bytes: [u8; N]) {
+            (**self).store(at, bytes);
         }
     }
 
@@ -171,6 +219,14 @@ pub(crate) mod tests {
 
         fn free(&mut self, _: VecBuffer) {
             self.lent -= 1;
+        }
+
+        fn frame(&self, buffer: &VecBuffer) -> impl Bytes {
+            buffer
+        }
+
+        fn frame_mut(&mut self, buffer: &mut VecBuffer) -> impl FrameBuffer {
+            buffer
         }
     }
 }

@@ -121,18 +121,18 @@ impl Template {
 
     /// Writes the frame number `sequence`, sent or due at `stamp`, between the next two addresses.
     #[inline(always)]
-    pub fn write<B: FrameBuffer>(&mut self, buffer: &mut B, sequence: u64, stamp: u64) {
+    pub fn write(&mut self, mut buffer: impl FrameBuffer, sequence: u64, stamp: u64) {
         buffer.set_len(self.size());
-        self.write_filling(buffer);
+        self.write_filling(&mut buffer);
         self.rewrite(buffer, sequence, stamp);
     }
 
     /// Writes all but the filling: for a buffer that holds an intact frame of this template.
     #[inline(always)]
-    pub fn rewrite<B: FrameBuffer>(&mut self, buffer: &mut B, sequence: u64, stamp: u64) {
+    pub fn rewrite(&mut self, mut buffer: impl FrameBuffer, sequence: u64, stamp: u64) {
         buffer.store::<32>(0, self.head.as_slice().load(0));
         buffer.store::<16>(28, self.head.as_slice().load(28));
-        let base = if self.addresses.count == 1 { self.base } else { self.write_addresses(buffer) };
+        let base = if self.addresses.count == 1 { self.base } else { self.write_addresses(&mut buffer) };
         let word = u64::from(self.stream) << SEQUENCE_BITS | (sequence & ((1 << SEQUENCE_BITS) - 1));
         buffer.store::<4>(CHECK_AT, fold(base, word, stamp).to_le_bytes());
         buffer.store::<8>(SEQUENCE_AT, word.to_le_bytes());
@@ -229,10 +229,12 @@ impl Checker {
 
     /// Judges one frame.
     #[inline(always)]
-    pub fn judge<B: Bytes>(&mut self, frame: &B) -> Verdict {
-        let ours = frame.load::<2>(36) == PORT.to_be_bytes() || frame.load::<2>(42) == MAGIC.to_le_bytes();
-        if !ours || frame.len() < SMALLEST {
-            return if ours { Verdict::Corrupt } else { Verdict::Foreign };
+    pub fn judge(&mut self, frame: impl Bytes) -> Verdict {
+        let bytes = frame.load::<SMALLEST>(0);
+        let head = bytes.as_slice();
+        let ours = head.load::<2>(36) == PORT.to_be_bytes() || head.load::<2>(42) == MAGIC.to_le_bytes();
+        if !ours {
+            return Verdict::Foreign;
         }
         if frame.len() != self.size {
             return Verdict::Corrupt;
@@ -240,11 +242,11 @@ impl Checker {
         self.seen = self.seen.wrapping_add(1);
         let whole = self.size > SMALLEST && (self.verify == Verify::Whole || self.seen.is_multiple_of(64));
         let filling =
-            if whole { filling_sum(frame, SMALLEST, self.size - SMALLEST) } else { self.filling_sum };
-        let word = u64::from_le_bytes(frame.load(SEQUENCE_AT));
-        let stamp = u64::from_le_bytes(frame.load(STAMP_AT));
-        let base = header_sum(frame).wrapping_add(length_and_filling(self.size, filling));
-        if fold(base, word, stamp).to_le_bytes() != frame.load::<4>(CHECK_AT) {
+            if whole { filling_sum(&frame, SMALLEST, self.size - SMALLEST) } else { self.filling_sum };
+        let word = head.word(SEQUENCE_AT);
+        let stamp = head.word(STAMP_AT);
+        let base = header_sum(head).wrapping_add(length_and_filling(self.size, filling));
+        if fold(base, word, stamp).to_le_bytes() != head.load::<4>(CHECK_AT) {
             return Verdict::Corrupt;
         }
         let sequence = word & ((1 << SEQUENCE_BITS) - 1);
@@ -254,11 +256,10 @@ impl Checker {
 
 /// Swaps the Ethernet addresses: the frame goes back to where it came from, its check still right.
 #[inline(always)]
-pub fn swap_addresses<B: FrameBuffer>(frame: &mut B) {
-    let destination = frame.load::<6>(0);
-    let source = frame.load::<6>(6);
-    frame.store(0, source);
-    frame.store(6, destination);
+pub fn swap_addresses(mut frame: impl FrameBuffer) {
+    let mut both = frame.load::<12>(0);
+    both.rotate_left(6);
+    frame.store(0, both);
 }
 
 /// The first 64 bytes for the first pair of addresses; sequence number, time stamp and check are zero.
@@ -311,15 +312,16 @@ fn fold(base: u64, word: u64, stamp: u64) -> u32 {
     (sum ^ sum >> 32) as u32
 }
 
-/// Position-dependent sum of `len` bytes from `at`: sixteen lanes of Fletcher's sum, so that it runs at the speed of the
-/// cache.
+/// Position-dependent sum of `len` bytes from `at`: sixteen lanes of a rotating Fletcher's sum, so that it runs at the speed
+/// of the cache. (Without the rotation, two bytes that trade places go unseen when their difference times their distance is
+/// a multiple of 256.)
 #[inline(always)]
 fn filling_sum<S: Bytes + ?Sized>(s: &S, at: usize, len: usize) -> u64 {
     let (mut a, mut b) = ([0u32; 16], [0u32; 16]);
     let mut add = |block: [u8; 64]| {
         let (words, _) = block.as_chunks::<4>();
         for lane in 0..16 {
-            a[lane] = a[lane].wrapping_add(u32::from_le_bytes(words[lane]));
+            a[lane] = a[lane].rotate_left(9).wrapping_add(u32::from_le_bytes(words[lane]));
             b[lane] = b[lane].wrapping_add(a[lane]);
         }
     };

@@ -74,14 +74,14 @@ impl<E: Endpoint> Pinger<E> {
     #[inline]
     fn judge(&mut self, now: u64, stop: bool) {
         for mut frame in self.inbox.drain(..) {
-            let intact = self.sink.take(&frame, now);
+            let intact = self.sink.take(self.endpoint.frame(&frame), now);
             let again = intact && !stop && self.outbox.len() < BURST;
             if again && self.sink.awaited(self.stamped) < self.setup.in_flight {
                 // The buffer is warm, and if all of it was read, its filling is right as it is.
                 if self.setup.verify == Verify::Whole {
-                    self.template.rewrite(&mut frame, self.stamped, now);
+                    self.template.rewrite(self.endpoint.frame_mut(&mut frame), self.stamped, now);
                 } else {
-                    self.template.write(&mut frame, self.stamped, now);
+                    self.template.write(self.endpoint.frame_mut(&mut frame), self.stamped, now);
                 }
                 self.stamped += 1;
                 self.outbox.push(frame);
@@ -95,7 +95,7 @@ impl<E: Endpoint> Pinger<E> {
     fn fill_up(&mut self, now: u64) -> usize {
         while self.outbox.len() < BURST && self.sink.awaited(self.stamped) < self.setup.in_flight {
             let Some(mut frame) = self.endpoint.allocate() else { break };
-            self.template.write(&mut frame, self.stamped, now);
+            self.template.write(self.endpoint.frame_mut(&mut frame), self.stamped, now);
             self.stamped += 1;
             self.outbox.push(frame);
         }

@@ -26,7 +26,7 @@ impl<E: Endpoint> Reflector<E> {
         let from = self.held.len();
         let received = if from < BURST { self.endpoint.receive(&mut self.held, BURST) } else { 0 };
         for frame in self.held.iter_mut().skip(from) {
-            swap_addresses(frame);
+            swap_addresses(self.endpoint.frame_mut(frame));
         }
         let sent = if self.held.is_empty() { 0 } else { self.endpoint.transmit(&mut self.held) };
         self.reflected += sent as u64;

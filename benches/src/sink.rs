@@ -49,7 +49,7 @@ impl Sink {
 
     /// Takes a frame that was found in the ring at `now` (cycles). Returns whether it is intact and of this stream.
     #[inline(always)]
-    pub fn take<B: Bytes>(&mut self, frame: &B, now: u64) -> bool {
+    pub fn take(&mut self, frame: impl Bytes, now: u64) -> bool {
         match self.checker.judge(frame) {
             Verdict::Intact { stream, sequence, stamp } if stream == self.stream => {
                 self.ledger.enter(sequence);

@@ -84,7 +84,7 @@ impl<E: Endpoint> Station<E> {
             let now = cycles();
             self.last_arrival = now;
             for frame in self.inbox.drain(..) {
-                self.sink.take(&frame, now);
+                self.sink.take(self.endpoint.frame(&frame), now);
                 self.endpoint.free(frame);
             }
         }
@@ -100,7 +100,7 @@ impl<E: Endpoint> Station<E> {
                 break;
             }
             let Some(mut frame) = self.endpoint.allocate() else { break };
-            self.offer.template.write(&mut frame, self.stamped, due);
+            self.offer.template.write(self.endpoint.frame_mut(&mut frame), self.stamped, due);
             self.offer.schedule.advance();
             self.stamped += 1;
             self.outbox.push(frame);

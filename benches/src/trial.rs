@@ -17,8 +17,6 @@ use crate::reflector::Reflector;
 use crate::sink::{Arrivals, Sink};
 use crate::station::{Done, Offer, Station, WhenFull};
 
-/// Seconds after which a trial stops sending what is overdue, as a share of its length.
-const GRACE: f64 = 0.005;
 /// Seconds of silence after which what has not come is lost.
 const SILENCE: f64 = 0.05;
 
@@ -44,6 +42,17 @@ pub struct Load {
     pub both: bool,
     /// What a full ring means.
     pub when_full: WhenFull,
+    /// Seconds after the last frame was due in which overdue ones may still be sent.
+    pub grace: f64,
+}
+
+impl Load {
+    /// Both directions, `rate` frames a second each, for `seconds`. What is overdue at the end has half a percent of the
+    /// time (at least 2 ms) to go out; the rest is lost.
+    pub fn steady(rate: f64, seconds: f64) -> Self {
+        let grace = (seconds * 0.005).max(0.002);
+        Self { rate, frames: (rate * seconds) as u64, both: true, when_full: WhenFull::Wait, grace }
+    }
 }
 
 /// What became of the frames of one direction.
@@ -154,8 +163,7 @@ impl<'a, E: Endpoint> Rig<'a, E> {
             [Station::new(first, a, sink(streams[1])), Station::new(second, b, sink(streams[0]))];
         let mut run = Run { clock: self.clock, stop: self.stop, polite: self.polite, busy: 0 };
         let length = if load.rate.is_finite() { load.frames as f64 / load.rate.max(1e-9) } else { 0.0 };
-        let patience = length + (length * GRACE).max(0.002);
-        let end = run.drive(&mut stations, start, patience);
+        let end = run.drive(&mut stations, start, length + load.grace);
         let [a, b] = stations.map(Station::finish);
         outcome([load.frames, reverse], a, b, &run, start, end)
     }
@@ -211,14 +219,10 @@ impl<'a, E: Endpoint> Rig<'a, E> {
     /// did not arrive.
     pub fn introduce(&mut self, traffic: Traffic) -> u64 {
         let traffic = Traffic { size: crate::frame::SMALLEST, ..traffic };
-        let frames = u64::from(traffic.addresses);
-        let rate = 500_000.0;
-        let mut load = Load { rate, frames, both: true, when_full: WhenFull::Wait };
-        // The first frames may be lost while rings come up; the second time all must arrive.
-        for _ in 0..2 {
-            load.frames = load.frames.max(64);
-            self.open_loop(traffic, load);
-        }
+        let frames = u64::from(traffic.addresses).max(64);
+        let load = Load { frames, grace: 1.0, ..Load::steady(200_000.0, 0.0) };
+        // The first frames may be lost while rings come up, or flooded; then all must arrive.
+        self.open_loop(traffic, load);
         self.open_loop(traffic, load).lost()
     }
 
@@ -242,10 +246,10 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Until everything was sent (`patience` seconds at most, if that is more than 0) and has arrived, or nothing has for a
-    /// while. Returns when sending ended.
+    /// Until everything was sent (`patience` seconds at most) and has arrived, or nothing has for a while. Returns when
+    /// sending ended.
     fn drive<E: Endpoint>(&mut self, stations: &mut [Station<E>; 2], start: u64, patience: f64) -> u64 {
-        let until = start + self.clock.cycles(if patience > 0.0 { patience } else { 60.0 });
+        let until = start + self.clock.cycles(patience);
         let mut now = cycles();
         while now < until && !self.stop.load(Ordering::Relaxed) {
             let [a, b] = stations;
@@ -299,13 +303,14 @@ fn outcome(due: [u64; 2], mut a: Done, mut b: Done, run: &Run<'_>, start: u64, e
 mod tests {
     use super::*;
     use crate::endpoint::tests::{Fault, perfect, wire};
+    use crate::endpoint::{Bytes, FrameBuffer};
 
     static GO: AtomicBool = AtomicBool::new(false);
     const SMALL: Traffic = Traffic { size: 64, addresses: 1, verify: Verify::Whole };
 
     fn rig(fault: Fault) -> Rig<'static, crate::endpoint::tests::Wire> {
         let (a, b) = wire(256, fault);
-        Rig::new([a, b], Clock::measure(), &GO, false)
+        Rig::new([a, b], Clock::of_this_machine(), &GO, false)
     }
 
     fn lossy(mut lose: impl FnMut(u64) -> bool + 'static) -> Fault {
@@ -321,7 +326,7 @@ mod tests {
     #[test]
     fn a_paced_trial_takes_as_long_as_its_rate_says_and_loses_nothing_on_a_perfect_wire() {
         let mut rig = rig(perfect());
-        let load = Load { rate: 100_000.0, frames: 5_000, both: true, when_full: WhenFull::Wait };
+        let load = Load { grace: 2.0, ..Load::steady(100_000.0, 0.05) };
         let outcome = rig.open_loop(SMALL, load);
         assert_eq!((outcome.due(), outcome.received(), outcome.lost()), (10_000, 10_000, 0));
         assert_eq!(outcome.latencies.samples(), 10_000);
@@ -331,7 +336,7 @@ mod tests {
     #[test]
     fn loss_is_counted_in_the_direction_in_which_it_happened() {
         let mut rig = rig(lossy(|n| n % 10 == 0));
-        let load = Load { rate: 200_000.0, frames: 2_000, both: true, when_full: WhenFull::Wait };
+        let load = Load { grace: 2.0, ..Load::steady(200_000.0, 0.01) };
         let outcome = rig.open_loop(SMALL, load);
         assert_eq!(outcome.passages[0].lost(), 200);
         assert_eq!(outcome.passages[1].lost(), 0);
@@ -374,12 +379,18 @@ mod tests {
             fn free(&mut self, buffer: E::Buffer) {
                 self.0.free(buffer);
             }
+            fn frame(&self, buffer: &E::Buffer) -> impl Bytes {
+                self.0.frame(buffer)
+            }
+            fn frame_mut(&mut self, buffer: &mut E::Buffer) -> impl FrameBuffer {
+                self.0.frame_mut(buffer)
+            }
         }
-        let clock = Clock::measure();
+        let clock = Clock::of_this_machine();
         let (from, to) = (cycles() + clock.cycles(0.02), cycles() + clock.cycles(0.04));
         let ports = [Stalling(a, from, to), Stalling(b, 0, 0)];
         let mut rig = Rig::new(ports, clock, &GO, false);
-        let load = Load { rate: 50_000.0, frames: 3_000, both: false, when_full: WhenFull::Wait };
+        let load = Load { both: false, grace: 2.0, ..Load::steady(50_000.0, 0.06) };
         let outcome = rig.open_loop(SMALL, load);
         assert_eq!(outcome.lost(), 0);
         // 20 of 60 ms: a third of the frames waited, on average 10 ms.

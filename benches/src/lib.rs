@@ -5,13 +5,17 @@
 //! command line.
 
 pub mod accounting;
+pub mod campaign;
 pub mod clock;
 pub mod endpoint;
 pub mod frame;
 pub mod histogram;
+pub mod machine;
 pub mod pace;
 pub mod pinger;
 pub mod reflector;
+pub mod report;
+pub mod search;
 pub mod sink;
 pub mod station;
 pub mod trial;

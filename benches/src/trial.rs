@@ -103,6 +103,11 @@ impl Outcome {
         self.passages.iter().map(|p| p.arrivals.corrupt).sum()
     }
 
+    /// Frames that arrived more than once.
+    pub fn duplicates(&self) -> u64 {
+        self.passages.iter().map(|p| p.arrivals.counts.duplicates).sum()
+    }
+
     /// Frames that arrived intact.
     pub fn received(&self) -> u64 {
         self.passages.iter().map(|p| p.arrivals.counts.received).sum()

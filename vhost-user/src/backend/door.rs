@@ -8,27 +8,16 @@
 //! Looking is MSG_PEEK without a control buffer (with one, descriptors would be duplicated) and SO_PEEK_OFF, without which a
 //! message that arrives in pieces could not be seen past its first piece.
 
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg, send};
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 
 use super::refusal::Refusal;
 use super::session::Session;
-
-/// Bytes of a message's header: request, flags, size.
-const HEADER: usize = 12;
-/// Most descriptors that Linux lets a message carry (SCM_MAX_FD).
-const MAX_DESCRIPTORS: usize = 253;
-
-/// Flags of a header: version 1, a reply, an answer wanted.
-const VERSION: u32 = 1;
-const VERSION_MASK: u32 = 3;
-const REPLY: u32 = 4;
-const NEED_REPLY: u32 = 8;
+use crate::wire::{self, HEADER, NEED_REPLY, REPLY, VERSION, VERSION_MASK};
 
 /// What the door sees.
 pub(super) enum Sight {
@@ -234,42 +223,20 @@ impl Door {
     /// Takes the message that was seen from the socket, with all its descriptors.
     fn take(&mut self, message: Message) -> Result<Vec<OwnedFd>, Broken> {
         let mut descriptors = Vec::new();
-        let mut left = HEADER + message.size;
         let mut bytes = [0; HEADER + MAX_MSG_SIZE];
-        let mut control = nix::cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS]);
-        while left > 0 {
-            let Some(room) = bytes.get_mut(..left) else { return Err(Broken::HalfMessage) };
-            let mut iov = [io::IoSliceMut::new(room)];
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-            let received = recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut control), flags)?;
-            for part in received.cmsgs()? {
-                if let ControlMessageOwned::ScmRights(fds) = part {
-                    // SAFETY: the kernel just made these descriptors for us, and nobody else knows them.
-                    descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
-            }
-            if received.bytes == 0 {
+        let mut left = bytes.get_mut(..HEADER + message.size).unwrap_or_default();
+        while !left.is_empty() {
+            let n = wire::receive(&self.socket, left, &mut descriptors)?;
+            if n == 0 {
                 return Err(Broken::HalfMessage);
             }
-            left -= received.bytes;
+            left = left.get_mut(n..).unwrap_or_default();
         }
         Ok(descriptors)
     }
 
     fn reply(&mut self, message: Message, value: u64) -> Result<(), Broken> {
-        let mut bytes = Vec::with_capacity(HEADER + 8);
-        for word in [u32::from(message.code), VERSION | REPLY, 8] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
-        }
-        bytes.extend_from_slice(&value.to_ne_bytes());
-        let mut left = bytes.as_slice();
-        while !left.is_empty() {
-            match send(self.socket.as_raw_fd(), left, MsgFlags::MSG_NOSIGNAL) {
-                Ok(n) => left = left.get(n..).unwrap_or_default(),
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
+        let bytes = wire::encode(message.code.into(), REPLY, &value.to_ne_bytes());
+        Ok(wire::send(&self.socket, &bytes, &[])?)
     }
 }

@@ -10,7 +10,6 @@ mod memory;
 mod refusal;
 mod rings;
 mod session;
-mod socket;
 #[cfg(test)]
 mod tests;
 
@@ -29,10 +28,9 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::ProtocolFeatures;
 use crate::device::Device;
+use crate::socket::{ListeningSocket, Mode, SocketError, check_path};
 use door::{Broken, Door, Message, Sight};
 use session::Session;
-use socket::{ListeningSocket, check_path};
-pub use socket::{Mode, SocketError};
 
 /// Protocol features that a back end can offer. No IOTLB: front ends that need one are not served yet.
 pub const SUPPORTED: ProtocolFeatures = ProtocolFeatures::MQ

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::campaign::{SizeResult, Throughput};
+use crate::campaign::Throughput;
 use crate::histogram::{Summary, time_or_dash};
 
 use super::Report;
@@ -121,16 +121,6 @@ fn align(mut table: Table) -> Table {
         column.set_padding((0, 2));
     }
     table
-}
-
-/// The columns of one size on a line, for progress: what was found so far.
-pub fn line(r: &SizeResult) -> String {
-    let c = &r.closed_loop;
-    let mut line = format!("{:>5} B  {:>6.2} Mpps  {:>6.2} Gbit/s", r.size, c.rate.mpps, c.rate.gbit);
-    if let Some(ndr) = &r.ndr {
-        line += &format!("  no-drop {:.2} Mpps", ndr.rate.mpps);
-    }
-    line
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 /// A port that takes and gives bursts of owned buffers. Never blocks.
 pub trait Endpoint {
     /// The right to a buffer with room for one frame.
-    type Buffer;
+    type Buffer: Send;
 
     /// Appends up to `max` received frames to `into`; returns how many.
     fn receive(&mut self, into: &mut Vec<Self::Buffer>, max: usize) -> usize;
@@ -112,9 +112,8 @@ impl Bytes for [u8] {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::cell::RefCell;
     use std::collections::VecDeque;
-    use std::rc::Rc;
+    use std::sync::{Arc, Mutex};
 
     /// A buffer in ordinary memory.
     #[derive(Clone, Debug)]
@@ -166,9 +165,9 @@ pub(crate) mod tests {
         }
     }
 
-    type Queue = Rc<RefCell<VecDeque<VecBuffer>>>;
+    type Queue = Arc<Mutex<VecDeque<VecBuffer>>>;
     /// What the wire does with a frame: nothing, or lose it, damage it, send it twice, …
-    pub(crate) type Fault = Box<dyn FnMut(VecBuffer, &mut VecDeque<VecBuffer>)>;
+    pub(crate) type Fault = Box<dyn FnMut(VecBuffer, &mut VecDeque<VecBuffer>) + Send>;
 
     /// One end of a wire of `depth` frames each way.
     pub(crate) struct Wire {
@@ -195,7 +194,7 @@ pub(crate) mod tests {
         type Buffer = VecBuffer;
 
         fn receive(&mut self, into: &mut Vec<VecBuffer>, max: usize) -> usize {
-            let mut queue = self.incoming.borrow_mut();
+            let mut queue = self.incoming.lock().unwrap();
             let n = max.min(queue.len());
             into.extend(queue.drain(..n));
             self.lent += n;
@@ -203,7 +202,7 @@ pub(crate) mod tests {
         }
 
         fn transmit(&mut self, from: &mut Vec<VecBuffer>) -> usize {
-            let mut queue = self.outgoing.borrow_mut();
+            let mut queue = self.outgoing.lock().unwrap();
             let n = from.len().min(self.depth.saturating_sub(queue.len()));
             for frame in from.drain(..n) {
                 (self.fault)(frame, &mut queue);

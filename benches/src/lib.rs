@@ -16,6 +16,8 @@ pub mod pinger;
 pub mod reflector;
 pub mod report;
 pub mod search;
+pub mod seats;
 pub mod sink;
 pub mod station;
 pub mod trial;
+pub mod vnfs;

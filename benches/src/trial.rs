@@ -318,7 +318,7 @@ mod tests {
         Rig::new([a, b], Clock::of_this_machine(), &GO, false)
     }
 
-    fn lossy(mut lose: impl FnMut(u64) -> bool + 'static) -> Fault {
+    fn lossy(mut lose: impl FnMut(u64) -> bool + Send + 'static) -> Fault {
         let mut n = 0;
         Box::new(move |frame, queue| {
             n += 1;

@@ -13,7 +13,7 @@ pub(super) const CLAIMED: u64 = 1 << 62;
 const VALID: u64 = 1 << 63;
 
 /// An address in a VLAN (0 where VLANs are not looked at).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key(pub(super) u64);
 
 impl Key {

@@ -104,7 +104,7 @@ pub enum Learn {
 }
 
 /// Where an address is looked for first. Computed once per frame, used to prefetch, look up and learn.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Home(u64);
 
 #[repr(C, align(64))]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const HZ: u64 = 1_000_000_000;
-const ALL: u64 = 0xff_ffff_ffff_ff;
+const ALL: u64 = 0xffff_ffff_ffff;
 
 /// A frame to be judged: addresses by number (station `n`), an optional tag, a length.
 #[derive(Clone, Copy, Debug)]
@@ -208,11 +208,11 @@ fn a_station_that_moves_is_followed_and_its_old_port_gets_nothing_more() {
 #[test]
 fn reserved_addresses_go_nowhere_unless_asked() {
     for last in 0..=15u64 {
-        let reserved = Sketch { to: 0x00_00c2_8001 | last << 40, ..frame(1, 0) };
+        let reserved = Sketch { to: 0x00c2_8001 | last << 40, ..frame(1, 0) };
         assert_eq!(Lan::plain(2).one(0, reserved), Err(DropReason::Reserved));
         assert_eq!(Lan::with(vec![PortPlan::default(); 2], true).one(0, reserved), Ok(vec![1]));
     }
-    let next = Sketch { to: 0x10_00_00c2_8001, ..frame(1, 0) };
+    let next = Sketch { to: 0x1000_00c2_8001, ..frame(1, 0) };
     assert_eq!(Lan::plain(2).one(0, next), Ok(vec![1]));
 }
 

@@ -4,3 +4,4 @@ pub mod bridge;
 pub mod config;
 pub mod control;
 pub mod offload;
+pub mod sandbox;

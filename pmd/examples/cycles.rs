@@ -57,7 +57,10 @@ fn cycles() -> u64 {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let Some(a) = arguments() else {
-        return Err("cycles [--packed] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET...".into());
+        return Err(
+            "cycles [--packed] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET..."
+                .into(),
+        );
     };
     let mut devices = Vec::new();
     for socket in &a.sockets {

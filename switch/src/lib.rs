@@ -1,7 +1,14 @@
 //! The virtual switch: vhost-user ports, the pipeline, workers, and their control.
 
 pub mod bridge;
+mod claim;
 pub mod config;
 pub mod control;
+pub mod counters;
+pub mod events;
 pub mod offload;
-pub mod sandbox;
+pub mod plan;
+pub mod runtime;
+pub mod sleeper;
+pub mod vhost_port;
+pub mod worker;

@@ -1,0 +1,140 @@
+//! Counters of queues and workers: written by one thread at a time, read by anyone.
+//!
+//! Each counter has one writer (whoever holds the queue's claim, or the worker itself), so that counting is a load and a
+//! store, never an atomic read-modify-write. Readers sum.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use port::DropReason;
+
+/// A number that one thread at a time adds to.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only for the one writer.
+    #[inline(always)]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The sum so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Drops by reason.
+#[derive(Debug)]
+pub struct Drops([Counter; DropReason::COUNT]);
+
+impl Default for Drops {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
+
+impl Drops {
+    /// Counts `n` frames under `reason`.
+    #[inline(always)]
+    pub fn add(&self, reason: DropReason, n: u64) {
+        if let Some(counter) = self.0.get(reason as usize) {
+            counter.add(n);
+        }
+    }
+
+    /// The reasons under which anything was counted.
+    pub fn list(&self) -> Vec<(DropReason, u64)> {
+        let all = DropReason::ALL.iter().zip(&self.0).map(|(r, c)| (*r, c.get()));
+        all.filter(|(_, n)| *n > 0).collect()
+    }
+
+    /// All reasons together.
+    pub fn total(&self) -> u64 {
+        self.0.iter().map(Counter::get).sum()
+    }
+}
+
+/// What came in on a queue: `received = switched + dropped`.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct RxCounters {
+    /// Frames that the sender made available.
+    pub received: Counter,
+    /// Bytes of them, without FCS and virtio-net header.
+    pub bytes: Counter,
+    /// Bursts that were not empty.
+    pub bursts: Counter,
+    /// Frames handed to at least one output.
+    pub switched: Counter,
+    /// Copies beyond the first of frames that were flooded.
+    pub replicas: Counter,
+    /// Frames handed to none.
+    pub drops: Drops,
+    /// Cycles spent on bursts of this queue, for placing it.
+    pub cycles: Counter,
+}
+
+/// What went out of a queue: `offered = sent + dropped`. Over all queues of a switch, `received + replicas` of the one side
+/// is `sent + dropped` of both.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct TxCounters {
+    /// Frames that were to go out here.
+    pub offered: Counter,
+    /// Frames copied to the receiver.
+    pub sent: Counter,
+    /// Bytes of them, without FCS and virtio-net header.
+    pub bytes: Counter,
+    /// Calls that copied at least one frame.
+    pub bursts: Counter,
+    /// Segments that unsegmented frames were cut into for this receiver.
+    pub segments: Counter,
+    /// Notifications sent to the driver.
+    pub calls: Counter,
+    /// Frames that could not be sent.
+    pub drops: Drops,
+    /// Frames that found the ring held by another worker: counted by whoever does not hold it, so atomically.
+    busy: AtomicU64,
+}
+
+impl TxCounters {
+    /// Counts `frames` that found the ring busy for longer than the retry budget ([`DropReason::RingBusy`]).
+    #[cold]
+    pub(crate) fn refuse(&self, frames: u64) {
+        self.busy.fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Frames that were to go out here, those that found the ring busy included.
+    pub fn all_offered(&self) -> u64 {
+        self.offered.get() + self.busy.load(Ordering::Relaxed)
+    }
+
+    /// All drops by reason.
+    pub fn all_drops(&self) -> Vec<(DropReason, u64)> {
+        let mut drops = self.drops.list();
+        let busy = self.busy.load(Ordering::Relaxed);
+        if busy > 0 {
+            drops.push((DropReason::RingBusy, busy));
+        }
+        drops
+    }
+}
+
+/// What a worker did with its time.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct WorkerCounters {
+    /// Frames taken from receive queues.
+    pub frames: Counter,
+    /// Bursts that were not empty.
+    pub bursts: Counter,
+    /// Turns over all queues.
+    pub turns: Counter,
+    /// TSC cycles of turns that found at least one frame.
+    pub busy: Counter,
+    /// TSC cycles of turns that found none, waiting included.
+    pub idle: Counter,
+    /// Times it went to sleep.
+    pub sleeps: Counter,
+}

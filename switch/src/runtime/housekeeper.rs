@@ -1,0 +1,376 @@
+//! The housekeeping thread: everything that is rare. It opens and closes ports, builds plans, ages addresses, places queues
+//! on workers and answers what workers report.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, select};
+use virtio::device::RingError;
+
+use super::placement::{Queue, load, place, rebalance};
+use super::ports::{self, RunningPort};
+use super::{ApplyError, PortView, Shared, StartError, View};
+use crate::bridge::{Clock, MAX_PORTS, PlanError};
+use crate::config::{Config, Idle, PortConfig};
+use crate::control::report::ReloadReport;
+use crate::events::{Event, Events};
+use crate::plan::Plan;
+use crate::vhost_port::{PortState, RxSlot};
+use crate::worker::clock_since;
+
+/// How often ageing, placement and lost events are looked after.
+const TICK: Duration = Duration::from_millis(200);
+
+/// How often queues may move to another worker.
+const REBALANCE: Duration = Duration::from_secs(2);
+
+/// Buckets of the learning table that are aged in one tick.
+const AGED_PER_TICK: usize = 16_384;
+
+/// What the housekeeping thread is asked to do.
+pub(super) enum Command {
+    /// Put a configuration in force.
+    Apply(Box<Config>, Sender<Result<ReloadReport, ApplyError>>),
+    /// Close everything and end.
+    Stop,
+}
+
+/// The state of the housekeeping thread.
+pub(super) struct Housekeeper {
+    shared: Arc<Shared>,
+    events: Events,
+    config: Config,
+    ports: Vec<RunningPort>,
+    /// Where each queue is: port number and queue pair to worker.
+    places: Vec<(u16, usize, usize)>,
+    /// What had come in on each queue when load was last measured.
+    measured: Vec<(u16, usize, u64, u64)>,
+    rebalanced: Instant,
+    aged_to: usize,
+}
+
+impl Housekeeper {
+    /// Opens all ports.
+    pub(super) fn new(shared: Arc<Shared>, events: Events, config: Config) -> Result<Self, StartError> {
+        let mut ports = Vec::new();
+        for (number, port) in config.ports.iter().enumerate() {
+            ports.push(open(port, number as u16, &events)?);
+        }
+        let mut this = Self {
+            shared,
+            events,
+            config,
+            ports,
+            places: Vec::new(),
+            measured: Vec::new(),
+            rebalanced: Instant::now(),
+            aged_to: 0,
+        };
+        this.shared.fdb.set_static(&ports::static_entries(&this.numbered()))?;
+        this.publish()?;
+        Ok(this)
+    }
+
+    /// Works until told to stop.
+    pub(super) fn run(&mut self, orders: &Receiver<Command>, inbox: &Receiver<Event>) {
+        loop {
+            select! {
+                recv(orders) -> order => match order {
+                    Ok(Command::Apply(config, reply)) => {
+                        let result = self.apply(*config);
+                        let _ = reply.send(result);
+                    }
+                    Ok(Command::Stop) | Err(_) => break,
+                },
+                recv(inbox) -> event => if let Ok(event) = event {
+                    self.event(event, inbox);
+                },
+                default(TICK) => self.tick(),
+            }
+        }
+        // Sessions close while the workers still run: a ring is taken from a worker, never torn away.
+        self.ports.clear();
+    }
+
+    /// Ports with their numbers, as the configuration in force has them.
+    fn numbered(&self) -> Vec<(u16, PortConfig)> {
+        self.ports.iter().map(|p| (p.port.shared.number, p.config.clone())).collect()
+    }
+
+    fn clock(&self) -> Clock {
+        clock_since(self.shared.epoch)
+    }
+
+    fn event(&mut self, event: Event, inbox: &Receiver<Event>) {
+        match event {
+            Event::RingBroken { port, queue, error } => self.broken(port, queue, &error.to_string()),
+            Event::Announce { port, mac } => {
+                super::announce::announce(&self.shared.plans.load(), port, mac, self.clock());
+            }
+            // Rings start in pairs and at once: one plan for all that is known by now.
+            Event::RingsChanged => {
+                while let Ok(next) = inbox.try_recv() {
+                    match next {
+                        Event::RingsChanged => {}
+                        other => self.event(other, inbox),
+                    }
+                }
+                self.republish();
+            }
+        }
+    }
+
+    /// A guest broke a ring: its port stops, with the reason where a user sees it. Nobody else notices.
+    fn broken(&mut self, number: u16, queue: u16, reason: &str) {
+        let ring = if queue % 2 == 1 { "tx" } else { "rx" };
+        self.stop_port(number, &format!("{ring} ring {}: {reason}", queue / 2));
+    }
+
+    fn stop_port(&mut self, number: u16, text: &str) {
+        let Some(port) = self.ports.iter().find(|p| p.port.shared.number == number) else { return };
+        tracing::warn!("port {} stopped: {text}", port.config.name);
+        port.port.shared.set_state(PortState::Stopped(text.to_owned()));
+        port.port.halt();
+        self.republish();
+    }
+
+    fn tick(&mut self) {
+        self.age();
+        self.shared.plans.collect();
+        if self.shared.workers.len() > 1 && self.rebalanced.elapsed() >= REBALANCE {
+            self.rebalanced = Instant::now();
+            self.rebalance();
+        }
+        // A guest that cuts off its memory file while no frame flies.
+        let gone = |p: &&RunningPort| {
+            p.port.memory_gone() && !matches!(p.port.shared.state(), PortState::Stopped(_))
+        };
+        let cut_off: Vec<u16> = self.ports.iter().filter(gone).map(|p| p.port.shared.number).collect();
+        for number in cut_off {
+            self.stop_port(number, &RingError::MemoryGone.to_string());
+        }
+        // Should an event ever be lost, what it told of is still true.
+        let active: usize = self.ports.iter().map(|p| p.port.polled().count()).sum();
+        if active != self.places.len() {
+            self.republish();
+        }
+    }
+
+    fn age(&mut self) {
+        let age = self.config.switch.fdb_age.as_secs() as u32;
+        let pass = self.shared.fdb.age(self.aged_to, AGED_PER_TICK, self.clock().seconds, age);
+        self.aged_to = pass.next.unwrap_or(0);
+    }
+
+    /// Queues that run, where they are and what came in on them since the last look.
+    fn queues(&mut self) -> Vec<(u16, usize, Arc<RxSlot>, Queue)> {
+        let workers = &self.config.switch.workers;
+        let mut queues = Vec::new();
+        let mut measured = Vec::new();
+        for running in &self.ports {
+            let number = running.port.shared.number;
+            for (pair, slot) in running.port.polled() {
+                let (frames, bytes) = (slot.counters.received.get(), slot.counters.bytes.get());
+                let before = self.measured.iter().find(|m| (m.0, m.1) == (number, pair));
+                let (f, b) = before.map_or((0, 0), |m| (m.2, m.3));
+                let core = running.config.queue_workers.as_ref().and_then(|cores| cores.get(pair));
+                let place = self.places.iter().find(|p| (p.0, p.1) == (number, pair));
+                queues.push((
+                    number,
+                    pair,
+                    slot.clone(),
+                    Queue {
+                        pinned: core.and_then(|core| workers.iter().position(|w| w == core)),
+                        current: place.map(|p| p.2),
+                        node: slot.memory_node(),
+                        load: load(frames - f, bytes - b),
+                    },
+                ));
+                measured.push((number, pair, frames, bytes));
+            }
+        }
+        self.measured = measured;
+        queues
+    }
+
+    fn worker_nodes(&self) -> Vec<Option<u32>> {
+        let sys = std::path::Path::new("/");
+        self.config.switch.workers.iter().map(|core| host::topology::node_of_core(sys, *core)).collect()
+    }
+
+    fn rebalance(&mut self) {
+        let queues = self.queues();
+        let plain: Vec<Queue> = queues.iter().map(|q| q.3).collect();
+        let Some((i, worker)) = rebalance(&plain, &self.worker_nodes()) else { return };
+        let Some((number, pair, ..)) = queues.get(i) else { return };
+        if let Some(place) = self.places.iter_mut().find(|p| (p.0, p.1) == (*number, *pair)) {
+            place.2 = worker;
+        }
+        let name = self.ports.iter().find(|p| p.port.shared.number == *number).map(|p| &*p.config.name);
+        tracing::info!("port {} queue {pair} moves to worker {worker}", name.unwrap_or_default());
+        self.republish();
+    }
+
+    /// Puts what is known now into force: a new plan for the workers, a new view for readers.
+    fn publish(&mut self) -> Result<(), PlanError> {
+        let queues = self.queues();
+        let plain: Vec<Queue> = queues.iter().map(|q| q.3).collect();
+        let places = place(&plain, &self.worker_nodes());
+        let mut by_worker = vec![Vec::new(); self.shared.workers.len()];
+        self.places.clear();
+        for ((number, pair, slot, _), worker) in queues.into_iter().zip(places) {
+            self.places.push((number, pair, worker));
+            if let Some(list) = by_worker.get_mut(worker) {
+                list.push(slot);
+            }
+        }
+        let highest = self.ports.iter().map(|p| usize::from(p.port.shared.number) + 1).max().unwrap_or(0);
+        let mut by_number = vec![None; highest];
+        for running in &self.ports {
+            if let Some(slot) = by_number.get_mut(usize::from(running.port.shared.number)) {
+                *slot = Some(running.port.clone());
+            }
+        }
+        let bridge = ports::bridge(&self.config, &self.ports, self.shared.fdb.clone())?;
+        let ports =
+            self.ports.iter().map(|p| PortView { config: p.config.clone(), port: p.port.clone() }).collect();
+        self.shared.view.store(Arc::new(View { config: self.config.clone(), ports }));
+        self.shared.plans.swap(Plan {
+            bridge,
+            ports: by_number,
+            queues: by_worker,
+            burst: self.config.switch.burst,
+            idle: self.config.switch.idle,
+        });
+        if self.config.switch.idle == Idle::Sleep {
+            self.shared.workers.iter().for_each(|w| w.sleeper.wake());
+        }
+        Ok(())
+    }
+
+    /// The same where nobody waits for an answer. The ports are those of a plan that was possible before.
+    fn republish(&mut self) {
+        if let Err(e) = self.publish() {
+            tracing::error!("workers go on as before: {e}");
+        }
+    }
+
+    /// Puts `config` in force, whole or not at all.
+    fn apply(&mut self, config: Config) -> Result<ReloadReport, ApplyError> {
+        self.check_restart(&config)?;
+        let mut report = ReloadReport::default();
+        let find = |name: &str| self.ports.iter().position(|p| p.config.name == name);
+        // What must be opened anew: new ports, and those whose session changes. A changed port on the same socket can only
+        // be opened when the old one is closed, so that one is put back if anything fails.
+        let mut opened: Vec<RunningPort> = Vec::new();
+        let mut closed: Vec<PortConfig> = Vec::new();
+        let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.shared.number).collect();
+        let mut failed = None;
+        for wanted in &config.ports {
+            match find(&wanted.name).and_then(|i| self.ports.get(i)) {
+                Some(old) if old.config == *wanted => report.unchanged += 1,
+                Some(old) if ports::same_session(&old.config, wanted) => {
+                    report.changed.push(wanted.name.clone())
+                }
+                Some(_) => {
+                    report.changed.push(wanted.name.clone());
+                    report.reconnected.push(wanted.name.clone());
+                }
+                None => report.added.push(wanted.name.clone()),
+            }
+        }
+        let gone = |p: &RunningPort| config.port(&p.config.name).is_none();
+        report.removed = self.ports.iter().filter(|p| gone(p)).map(|p| p.config.name.clone()).collect();
+        // Sockets that somebody else wants from now on are free before they are opened.
+        let taken: Vec<_> = config.ports.iter().map(|p| p.socket.clone()).collect();
+        let leaves = |p: &RunningPort| {
+            report.reconnected.contains(&p.config.name) || (gone(p) && taken.contains(&p.config.socket))
+        };
+        let (leaving, mut staying): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.ports).into_iter().partition(leaves);
+        for old in leaving {
+            closed.push(old.config.clone());
+            numbers.retain(|n| *n != old.port.shared.number);
+            self.shared.fdb.flush_port(old.port.shared.number);
+        }
+        for wanted in &config.ports {
+            if staying.iter().any(|p| p.config.name == wanted.name) {
+                continue;
+            }
+            let number = free_number(&numbers);
+            match open(wanted, number, &self.events) {
+                Ok(port) => {
+                    numbers.push(number);
+                    opened.push(port);
+                }
+                Err(e) => {
+                    failed = Some(e);
+                    break;
+                }
+            }
+        }
+        if failed.is_none() {
+            let mut all: Vec<(u16, PortConfig)> = Vec::new();
+            for wanted in &config.ports {
+                let running = staying.iter().chain(&opened).find(|p| p.config.name == wanted.name);
+                all.extend(running.map(|p| (p.port.shared.number, wanted.clone())));
+            }
+            failed = self.shared.fdb.set_static(&ports::static_entries(&all)).err().map(StartError::from);
+        }
+        if let Some(error) = failed {
+            drop(opened);
+            for old in &closed {
+                let number = free_number(&staying.iter().map(|p| p.port.shared.number).collect::<Vec<_>>());
+                match open(old, number, &self.events) {
+                    Ok(port) => staying.push(port),
+                    Err(e) => tracing::error!("{e}; the port is closed until the next reload"),
+                }
+            }
+            self.ports = staying;
+            let _ = self.shared.fdb.set_static(&ports::static_entries(&self.numbered()));
+            self.republish();
+            return Err(error.into());
+        }
+        self.ports = staying;
+        self.ports.extend(opened);
+        let removed: Vec<RunningPort>;
+        (removed, self.ports) = std::mem::take(&mut self.ports).into_iter().partition(gone);
+        for port in &mut self.ports {
+            if let Some(wanted) = config.port(&port.config.name) {
+                port.configure(wanted.clone());
+            }
+        }
+        let order = |p: &RunningPort| config.ports.iter().position(|c| c.name == p.config.name);
+        self.ports.sort_by_key(order);
+        report.switch_changed = self.config.switch != config.switch;
+        self.config = config.clone();
+        self.publish().map_err(StartError::from)?;
+        for port in removed {
+            self.shared.fdb.flush_port(port.port.shared.number);
+        }
+        Ok(report)
+    }
+
+    fn check_restart(&self, new: &Config) -> Result<(), ApplyError> {
+        if new.ports.len() > MAX_PORTS {
+            return Err(StartError::from(PlanError::TooManyPorts(new.ports.len())).into());
+        }
+        let (a, b) = (&self.config.switch, &new.switch);
+        let keys = [
+            ("workers", a.workers != b.workers),
+            ("housekeeping", a.housekeeping != b.housekeeping),
+            ("fdb_size", a.fdb_size != b.fdb_size),
+        ];
+        let changed: Vec<&str> = keys.iter().filter(|k| k.1).map(|k| k.0).collect();
+        if changed.is_empty() { Ok(()) } else { Err(ApplyError::NeedsRestart(changed.join(", "))) }
+    }
+}
+
+fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, StartError> {
+    ports::open(config, number, events)
+        .map_err(|source| StartError::Port { port: config.name.clone(), source })
+}
+
+fn free_number(taken: &[u16]) -> u16 {
+    (0..u16::MAX).find(|n| !taken.contains(n)).unwrap_or_default()
+}

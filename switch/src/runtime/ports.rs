@@ -1,0 +1,177 @@
+//! From a port's configuration to what runs: its session, its place in the bridge, its part of a plan.
+
+use std::sync::Arc;
+
+use vhost_user::backend::{Endpoint, Options, SUPPORTED, SessionHandle, serve};
+use vhost_user::{Mode, ProtocolFeatures, SocketError};
+use virtio::features;
+
+use crate::bridge::fdb::Key;
+use crate::bridge::{
+    BridgePlan, Fdb, Mac, PlanError, PortPlan, StaticEntry, StormGuard, StormRate, VlanMode,
+};
+use crate::config::{Config, Feature, PortConfig, Side, Storm, Vlan};
+use crate::events::Events;
+use crate::plan::Plan;
+use crate::vhost_port::{VhostDevice, VhostPort};
+
+/// A port and the session that serves it.
+pub(super) struct RunningPort {
+    pub(super) config: PortConfig,
+    pub(super) port: Arc<VhostPort>,
+    /// Shared by all plans, so that a change elsewhere does not refill the buckets.
+    storm: Arc<StormGuard>,
+    /// Dropping it closes the socket and the connection.
+    _session: SessionHandle,
+}
+
+impl RunningPort {
+    /// Takes a configuration that needs no new session.
+    pub(super) fn configure(&mut self, config: PortConfig) {
+        if config.storm != self.config.storm {
+            self.storm = storm_guard(&config.storm);
+        }
+        self.config = config;
+    }
+}
+
+/// Limits, and twice a hundredth of a second's worth at once.
+fn storm_guard(storm: &Storm) -> Arc<StormGuard> {
+    let rate = |frames: Option<u32>| frames.map(|frames| StormRate { frames, burst: (frames / 50).max(1) });
+    let (broadcast, multicast, unknown) = (rate(storm.broadcast), rate(storm.multicast), rate(storm.unknown));
+    Arc::new(StormGuard::new(broadcast, multicast, unknown, host::cpu::tsc_hz()))
+}
+
+/// Virtio features on offer, before a port's `disable`.
+const OFFERED: u64 = features::VERSION_1
+    | features::NET_MRG_RXBUF
+    | features::RING_INDIRECT_DESC
+    | features::RING_EVENT_IDX
+    | features::RING_PACKED
+    | features::IN_ORDER
+    | features::NET_CSUM
+    | features::NET_GUEST_CSUM
+    | features::NET_GUEST_TSO4
+    | features::NET_GUEST_TSO6
+    | features::NET_GUEST_ECN
+    | features::NET_GUEST_UFO
+    | features::NET_GUEST_USO4
+    | features::NET_GUEST_USO6
+    | features::NET_HOST_TSO4
+    | features::NET_HOST_TSO6
+    | features::NET_HOST_ECN
+    | features::NET_HOST_UFO
+    | features::NET_HOST_USO
+    | features::NET_MTU
+    | features::NET_STATUS
+    | features::NET_MQ
+    | features::NET_CTRL_VQ
+    | features::NET_GUEST_ANNOUNCE;
+
+/// Opens a port: when it returns, its socket can be connected to (or is being connected).
+pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, SocketError> {
+    let port = VhostPort::new(number, &config.name, config.queue_pairs, events.clone());
+    let withheld = Feature::ALL.iter().filter(|f| config.disable.contains(**f));
+    let offered = withheld.fold(OFFERED, |offered, f| offered & !f.virtio_bits());
+    let device = VhostDevice::new(port.clone(), offered, config.mtu);
+    let mode = match config.side {
+        Side::Server { mode, group } => Mode::Server { mode, group },
+        Side::Client { reconnect } => Mode::Client { retry: reconnect },
+    };
+    let endpoint = Endpoint { path: config.socket.clone(), mode };
+    let options = Options {
+        protocol_features: protocol_features(config),
+        memory_limit: config.max_memory,
+        ..Options::new(&config.name)
+    };
+    let session = serve(endpoint, options, Box::new(device))?;
+    Ok(RunningPort { storm: storm_guard(&config.storm), config: config.clone(), port, _session: session })
+}
+
+fn protocol_features(config: &PortConfig) -> ProtocolFeatures {
+    let named = [
+        (Feature::Mq, ProtocolFeatures::MQ),
+        (Feature::ReplyAck, ProtocolFeatures::REPLY_ACK),
+        (Feature::MemSlots, ProtocolFeatures::CONFIGURE_MEM_SLOTS),
+        (Feature::Inflight, ProtocolFeatures::INFLIGHT_SHMFD),
+        (Feature::Log, ProtocolFeatures::LOG_SHMFD),
+        (Feature::Mtu, ProtocolFeatures::MTU),
+        (Feature::Rarp, ProtocolFeatures::RARP),
+        (Feature::Status, ProtocolFeatures::STATUS),
+    ];
+    let withheld = named.iter().filter(|(f, _)| config.disable.contains(*f));
+    withheld.fold(SUPPORTED, |offered, (_, bit)| offered - *bit)
+}
+
+/// Whether two configurations need different sessions; what they differ in otherwise is the bridge's.
+pub(super) fn same_session(a: &PortConfig, b: &PortConfig) -> bool {
+    a.kind == b.kind
+        && a.socket == b.socket
+        && a.side == b.side
+        && a.queue_pairs == b.queue_pairs
+        && a.disable == b.disable
+        && a.max_memory == b.max_memory
+        && a.mtu == b.mtu
+}
+
+/// The bridge of these ports.
+pub(super) fn bridge(config: &Config, ports: &[RunningPort], fdb: Arc<Fdb>) -> Result<BridgePlan, PlanError> {
+    let mut groups: Vec<&str> = ports.iter().filter_map(|p| p.config.isolation.as_deref()).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let highest = ports.iter().map(|p| usize::from(p.port.shared.number) + 1).max().unwrap_or(0);
+    let mut plans: Vec<Option<PortPlan>> = (0..highest).map(|_| None).collect();
+    for running in ports {
+        let c = &running.config;
+        let group = c.isolation.as_deref().and_then(|g| groups.binary_search(&g).ok());
+        let plan = PortPlan {
+            vlan: vlan_mode(&c.vlan),
+            isolation: group.map(|g| g as u16),
+            mtu: c.mtu.map(u32::from),
+            learn: c.learn,
+            learn_limit: c.learn_limit,
+            sources: c
+                .source_check
+                .then(|| c.addresses.iter().map(|a| Key::new(Mac(a.address), a.vlan.unwrap_or(0))).collect()),
+            storm: running.storm.clone(),
+        };
+        if let Some(slot) = plans.get_mut(usize::from(running.port.shared.number)) {
+            *slot = Some(plan);
+        }
+    }
+    BridgePlan::new(plans, fdb, config.switch.forward_reserved)
+}
+
+fn vlan_mode(vlan: &Vlan) -> VlanMode {
+    match vlan {
+        Vlan::Unaware => VlanMode::Unaware,
+        Vlan::Access(vid) => VlanMode::Access(*vid),
+        Vlan::Trunk { allowed, native } => {
+            VlanMode::Trunk { vlans: allowed.iter().cloned().flatten().collect(), native: *native }
+        }
+    }
+}
+
+/// The addresses that always are at one port.
+pub(super) fn static_entries(ports: &[(u16, PortConfig)]) -> Vec<StaticEntry> {
+    let of_port = |(number, c): &(u16, PortConfig)| {
+        let number = *number;
+        c.addresses.clone().into_iter().map(move |a| StaticEntry {
+            mac: Mac(a.address),
+            vid: a.vlan.unwrap_or(0),
+            port: number,
+        })
+    };
+    ports.iter().flat_map(of_port).collect()
+}
+
+/// A plan without ports.
+pub(super) fn empty_plan(config: &Config, fdb: Arc<Fdb>) -> Result<Plan, PlanError> {
+    Ok(Plan {
+        bridge: bridge(config, &[], fdb)?,
+        ports: Vec::new(),
+        queues: vec![Vec::new(); config.switch.workers.len()],
+        burst: config.switch.burst,
+        idle: config.switch.idle,
+    })
+}

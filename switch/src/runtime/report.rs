@@ -1,0 +1,208 @@
+//! What a running switch tells of itself: counters and states as they are at this moment, in the control socket's terms.
+//!
+//! Reads atomics and small locks that no worker takes; changes nothing.
+
+use std::ops::RangeInclusive;
+use std::sync::atomic::Ordering;
+
+use port::DropReason;
+
+use super::{PortView, Switch};
+use crate::config::{Config, Side, Vlan};
+use crate::control::report::{
+    DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport, ReloadReport, RingReport,
+    RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+};
+use crate::control::{SwitchState, feature_names};
+use crate::counters::{RxCounters, TxCounters};
+use crate::vhost_port::{PortState as State, RingView};
+use crate::worker::clock_since;
+
+impl SwitchState for Switch {
+    fn info(&self) -> SwitchInfo {
+        let view = self.shared.view.load();
+        let file = std::path::absolute(&view.config.file).unwrap_or_else(|_| view.config.file.clone());
+        SwitchInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_s: self.shared.started.elapsed().as_secs_f64(),
+            config: file.display().to_string(),
+            run_dir: self.run_dir.display().to_string(),
+            workers: view.config.switch.workers.clone(),
+            ports: view.ports.len(),
+            fdb_size: self.shared.fdb.capacity(),
+        }
+    }
+
+    fn stats(&self) -> StatsReport {
+        let view = self.shared.view.load();
+        let ports: Vec<PortStats> = view.ports.iter().map(|p| self.port_stats(p)).collect();
+        StatsReport {
+            uptime_s: self.shared.started.elapsed().as_secs_f64(),
+            tsc_hz: host::cpu::tsc_hz(),
+            workers: self.worker_stats(),
+            totals: Totals::of(&ports),
+            ports,
+        }
+    }
+
+    fn ports(&self) -> PortsReport {
+        PortsReport { ports: self.shared.view.load().ports.iter().map(port_report).collect() }
+    }
+
+    fn fdb(&self) -> FdbReport {
+        let view = self.shared.view.load();
+        let now = clock_since(self.shared.epoch).seconds;
+        let name = |number: u16| {
+            let port = view.ports.iter().find(|p| p.port.shared.number == number);
+            port.map_or_else(|| number.to_string(), |p| p.config.name.clone())
+        };
+        let mut found: Vec<_> = self.shared.fdb.entries().collect();
+        found.sort_unstable_by_key(|e| (e.vid, e.mac.0));
+        let entries: Vec<FdbEntry> = (found.iter())
+            .map(|e| FdbEntry {
+                address: e.mac.to_string(),
+                vlan: (e.vid != 0).then_some(e.vid),
+                port: name(e.port),
+                age_s: (!e.fixed).then(|| u64::from(now.saturating_sub(e.seen))),
+                is_static: e.fixed,
+            })
+            .collect();
+        FdbReport { size: self.shared.fdb.capacity(), used: entries.len(), entries }
+    }
+
+    fn reload(&self) -> Result<ReloadReport, String> {
+        let view = self.shared.view.load_full();
+        let ours = view.config.ports.iter().map(|p| p.socket.clone()).collect();
+        let machine = self.machine.listening_on(ours);
+        let config = Config::load(&view.config.file, &self.run_dir, &machine).map_err(|e| e.to_string())?;
+        self.apply(config).map_err(|e| e.to_string())
+    }
+}
+
+impl Switch {
+    fn worker_stats(&self) -> Vec<WorkerStats> {
+        let sys = std::path::Path::new("/");
+        let stats = self.shared.workers.iter().map(|w| {
+            let c = &w.counters;
+            let (frames, busy) = (c.frames.get(), c.busy.get());
+            WorkerStats {
+                core: w.core,
+                node: host::topology::node_of_core(sys, w.core),
+                state: if w.asleep.load(Ordering::Relaxed) {
+                    WorkerState::Sleeping
+                } else {
+                    WorkerState::Polling
+                },
+                frames,
+                bursts: c.bursts.get(),
+                busy_cycles: busy,
+                idle_cycles: c.idle.get(),
+                cycles_per_frame: (frames > 0).then(|| busy as f64 / frames as f64),
+            }
+        });
+        stats.collect()
+    }
+
+    fn port_stats(&self, view: &PortView) -> PortStats {
+        let plan = self.shared.plans.load();
+        let core_of = |index: u16| {
+            let polls = |w: &usize| {
+                let queues = plan.queues.get(*w).map(Vec::as_slice).unwrap_or_default();
+                queues.iter().any(|q| q.port_number() == view.port.shared.number && q.index() == index)
+            };
+            (0..plan.queues.len()).find(polls).and_then(|w| self.shared.workers.get(w)).map(|w| w.core)
+        };
+        let rx =
+            (0u16..).zip(&view.port.rx).map(|(queue, s)| rx_stats(queue, core_of(s.index()), &s.counters));
+        let tx = (0u16..).zip(&view.port.tx).map(|(queue, s)| tx_stats(queue, &s.counters));
+        PortStats {
+            name: view.config.name.clone(),
+            rx: rx.filter(|q| q.queue == 0 || q.worker.is_some() || q.received > 0).collect(),
+            tx: tx.filter(|q| q.queue == 0 || q.offered > 0).collect(),
+        }
+    }
+}
+
+fn drop_counts(drops: &[(DropReason, u64)]) -> Vec<DropCount> {
+    let of = |reason: &DropReason| drops.iter().filter(|(r, _)| r == reason).map(|(_, n)| n).sum();
+    DropCount::nonzero(DropReason::ALL.iter().map(of))
+}
+
+fn rx_stats(queue: u16, worker: Option<u32>, c: &RxCounters) -> RxStats {
+    let drops = c.drops.list();
+    RxStats {
+        queue,
+        worker,
+        received: c.received.get(),
+        bytes: c.bytes.get(),
+        bursts: c.bursts.get(),
+        switched: c.switched.get(),
+        replicas: c.replicas.get(),
+        dropped: drops.iter().map(|d| d.1).sum(),
+        drops: drop_counts(&drops),
+    }
+}
+
+fn tx_stats(queue: u16, c: &TxCounters) -> TxStats {
+    let drops = c.all_drops();
+    TxStats {
+        queue,
+        worker: None,
+        offered: c.all_offered(),
+        sent: c.sent.get(),
+        bytes: c.bytes.get(),
+        bursts: c.bursts.get(),
+        segments: c.segments.get(),
+        dropped: drops.iter().map(|d| d.1).sum(),
+        drops: drop_counts(&drops),
+    }
+}
+
+fn port_report(view: &PortView) -> PortReport {
+    let (c, shared) = (&view.config, &view.port.shared);
+    let info = shared.info();
+    let server = matches!(c.side, Side::Server { .. });
+    let (state, reason) = match shared.state() {
+        State::Waiting if server => (PortState::Listening, info.last_end),
+        State::Waiting => (PortState::Connecting, info.last_end),
+        State::Connected => (PortState::Connected, info.refused),
+        State::Up => (PortState::Up, info.refused),
+        State::Stopped(reason) => (PortState::Stopped, Some(reason)),
+    };
+    let rings: Vec<RingView> = view.port.rings();
+    PortReport {
+        name: c.name.clone(),
+        kind: c.kind.word().to_owned(),
+        socket: c.socket.display().to_string(),
+        mode: if server { "server" } else { "client" }.to_owned(),
+        state,
+        reason,
+        features: feature_names(info.features),
+        layout: rings.first().map(|r| if r.packed { "packed" } else { "split" }.to_owned()),
+        rings: (rings.iter())
+            .map(|r| RingReport { index: r.index, size: r.size, enabled: r.enabled })
+            .collect(),
+        memory_bytes: info.memory.0,
+        mtu: c.mtu,
+        vlan: vlan_words(&c.vlan),
+        isolation: c.isolation.clone(),
+    }
+}
+
+/// In the words of the configuration.
+fn vlan_words(vlan: &Vlan) -> Option<String> {
+    let range = |r: &RangeInclusive<u16>| match (r.start(), r.end()) {
+        (a, b) if a == b => a.to_string(),
+        (a, b) => format!("{a}-{b}"),
+    };
+    match vlan {
+        Vlan::Unaware => None,
+        Vlan::Access(vid) => Some(format!("access {vid}")),
+        Vlan::Trunk { allowed, native } => {
+            let list = allowed.iter().map(range).collect::<Vec<_>>().join(",");
+            let native = native.map(|vid| format!(" native {vid}")).unwrap_or_default();
+            Some(format!("trunk {list}{native}"))
+        }
+    }
+}

@@ -12,6 +12,13 @@ const TRANSFER: &str = "8M";
 const NO_OFFLOADS: &str = "csum=off,guest_csum=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,guest_tso4=off,\
                            guest_tso6=off,guest_ecn=off,guest_ufo=off,gso=off";
 
+// Feature bits (virtio 1.3, sections 5.1.3 and 6).
+const CSUM: usize = 0;
+const GUEST_CSUM: usize = 1;
+const GUEST_TSO4: usize = 7;
+const HOST_TSO4: usize = 11;
+const RING_PACKED: usize = 34;
+
 #[test]
 #[ignore = "needs QEMU and a guest image: ./check qemu"]
 fn guests_with_split_rings_exchange_tcp_with_equal_and_unequal_offloads() {
@@ -49,6 +56,10 @@ fn a_tcp_connection_survives_a_switch_that_is_killed_and_restarted() {
 fn exchange(rings: &str) {
     let switch = Switch::with_ports(3);
     let [mut one, mut two] = guests(&switch, [rings, rings]);
+    for guest in [&mut one, &mut two] {
+        assert!(negotiated(guest, GUEST_TSO4) && negotiated(guest, HOST_TSO4), "no segmentation offload");
+        assert_eq!(negotiated(guest, RING_PACKED), rings == "packed=on");
+    }
     one.run("ping -c 3 -i 0.2 -W 2 10.0.0.2");
     one.run("ping -c 2 -i 0.2 -W 2 -s 1472 10.0.0.2");
     transfer(&mut one, &mut two, "10.0.0.2");
@@ -58,6 +69,7 @@ fn exchange(rings: &str) {
 
     let card = format!("{rings},{NO_OFFLOADS}");
     let mut plain = guest(&switch, 2, &card);
+    assert!(![CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4].into_iter().any(|bit| negotiated(&mut plain, bit)));
     ping(&mut plain, 2);
     transfer(&mut plain, &mut two, "10.0.0.2");
     transfer(&mut two, &mut plain, "10.0.0.3");
@@ -85,6 +97,12 @@ pub(crate) fn guest(switch: &Switch, port: u8, card: &str) -> Guest {
         "ip link set eth0 up; ip addr add 10.0.0.{number}/24 dev eth0; ip addr add fd00::{number}/64 dev eth0"
     ));
     guest
+}
+
+/// Whether the guest's driver and the switch agreed on a feature.
+fn negotiated(guest: &mut Guest, bit: usize) -> bool {
+    let bits = guest.run("cat /sys/bus/virtio/devices/virtio0/features");
+    bits.as_bytes().get(bit) == Some(&b'1')
 }
 
 /// Waits until a guest reaches 10.0.0.{number}.

@@ -1,5 +1,7 @@
 //! Our front end against a back end that we did not write: DPDK's `net_vhost`, in testpmd.
 
+#![allow(clippy::unwrap_used)]
+
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

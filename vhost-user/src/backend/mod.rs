@@ -10,8 +10,6 @@ mod memory;
 mod refusal;
 mod rings;
 mod session;
-#[cfg(test)]
-mod tests;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;

@@ -78,13 +78,15 @@ impl Session {
 
     pub(crate) fn set_size(&mut self, index: u32, size: u32) -> Result<(), Refusal> {
         let index = self.queue(index)?;
-        let possible = u16::try_from(size).ok().filter(|s| (1..=32_768).contains(s));
+        let possible = u16::try_from(size).ok().filter(|&s| s <= 32_768);
         let size = possible.ok_or(Refusal::QueueSize { index, size })?;
+        // DPDK's driver says 0 for the queues that it does not use: such a ring never starts.
+        let size = Some(size).filter(|&s| s > 0);
         let ring = self.ring(index)?;
-        if ring.running && ring.size != Some(size) {
+        if ring.running && ring.size != size {
             return Err(Refusal::Running { index, what: "size" });
         }
-        ring.size = Some(size);
+        ring.size = size;
         self.start_if_complete(index)
     }
 

@@ -3,122 +3,69 @@
 use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vhost::vhost_user::message::FrontendReq;
 
-use super::recorder::Recorder;
-use crate::ProtocolFeatures;
-use crate::backend::{Endpoint, Mode, Options, SUPPORTED, SessionHandle, serve};
+use vhost_user::ProtocolFeatures;
+use vhost_user::backend::SUPPORTED;
 use virtio::features;
 
-/// A port with a recorder behind it, and its socket.
-pub(super) struct Port {
-    pub(super) recorder: Recorder,
-    pub(super) path: PathBuf,
-    handle: Option<SessionHandle>,
-    _dir: tempfile::TempDir,
-}
-
-impl Port {
-    pub(super) fn new() -> Self {
-        Self::with(|_| {})
-    }
-
-    pub(super) fn with(change: impl FnOnce(&mut Options)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("v0.sock");
-        let recorder = Recorder::default();
-        let mut options = Options::new("v0");
-        change(&mut options);
-        let endpoint = Endpoint { path: path.clone(), mode: Mode::server() };
-        let handle = serve(endpoint, options, Box::new(recorder.clone())).unwrap();
-        Self { recorder, path, handle: Some(handle), _dir: dir }
-    }
-
-    pub(super) fn connect(&self) -> Raw {
-        Raw::new(UnixStream::connect(&self.path).unwrap())
-    }
-
-    /// A front end that negotiated everything, with `size` bytes of memory at guest 0 and user 0x10_0000_0000.
-    pub(super) fn ready(&self, size: u64) -> Raw {
-        let mut raw = self.connect();
-        raw.negotiate(super::recorder::FEATURES & !features::RING_PACKED);
-        raw.memory(size);
-        raw
-    }
-
-    pub(super) fn stop(&mut self) {
-        self.handle.take().unwrap().stop();
-    }
-
-    /// Waits until the recorder was called so.
-    pub(super) fn expect(&self, call: &str) {
-        let start = Instant::now();
-        while !self.recorder.was_called(call) {
-            let calls = self.recorder.seen().calls.clone();
-            assert!(start.elapsed() < Duration::from_secs(5), "never called {call:?}, but {calls:#?}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
 /// The user address at which [`Raw::memory`] says that the front end sees guest address 0.
-pub(super) const USER: u64 = 0x10_0000_0000;
+pub(crate) const USER: u64 = 0x10_0000_0000;
 
-pub(super) fn event() -> EventFd {
+pub(crate) fn event() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap()
 }
 
-pub(super) fn memfd(size: u64) -> OwnedFd {
+pub(crate) fn memfd(size: u64) -> OwnedFd {
     let fd = nix::sys::memfd::memfd_create(c"guest", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
     nix::unistd::ftruncate(&fd, size as i64).unwrap();
     fd
 }
 
 /// Words of a payload.
-pub(super) fn words(values: &[u32]) -> Vec<u8> {
+pub(crate) fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_ne_bytes()).collect()
 }
 
-pub(super) fn wide(values: &[u64]) -> Vec<u8> {
+pub(crate) fn wide(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_ne_bytes()).collect()
 }
 
-pub(super) struct Raw {
-    pub(super) stream: UnixStream,
+pub(crate) struct Raw {
+    pub(crate) stream: UnixStream,
 }
 
 /// An answer: its payload and the descriptors that came with it.
-pub(super) struct Answer {
-    pub(super) payload: Vec<u8>,
-    pub(super) fds: Vec<OwnedFd>,
+pub(crate) struct Answer {
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 impl Answer {
-    pub(super) fn value(&self) -> u64 {
+    pub(crate) fn value(&self) -> u64 {
         u64::from_ne_bytes(self.payload[..8].try_into().unwrap())
     }
 }
 
 impl Raw {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
         Self { stream }
     }
 
-    pub(super) fn bytes(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn bytes(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
         let mut bytes = words(&[code, flags, payload.len() as u32]);
         bytes.extend_from_slice(payload);
         bytes
     }
 
     /// Sends a message as it is; false if the session was closed.
-    pub(super) fn send(
+    pub(crate) fn send(
         &mut self,
         code: FrontendReq,
         flags: u32,
@@ -129,7 +76,7 @@ impl Raw {
         self.send_bytes(&bytes, fds)
     }
 
-    pub(super) fn send_bytes(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
         let fds: Vec<RawFd> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         let control = [ControlMessage::ScmRights(&fds)];
         let control = if fds.is_empty() { &[][..] } else { &control[..] };
@@ -138,14 +85,14 @@ impl Raw {
     }
 
     /// Sends bytes however slowly.
-    pub(super) fn dribble(&mut self, bytes: &[u8]) {
+    pub(crate) fn dribble(&mut self, bytes: &[u8]) {
         for byte in bytes {
             self.stream.write_all(&[*byte]).unwrap();
         }
     }
 
     /// Reads an answer to `code`; `None` if the session was closed.
-    pub(super) fn answer(&mut self, code: FrontendReq) -> Option<Answer> {
+    pub(crate) fn answer(&mut self, code: FrontendReq) -> Option<Answer> {
         let mut header = [0; 12];
         let mut fds = Vec::new();
         let mut control = nix::cmsg_space!([RawFd; 4]);
@@ -178,25 +125,25 @@ impl Raw {
     }
 
     /// Sends a message that is answered with a value.
-    pub(super) fn get(&mut self, code: FrontendReq) -> u64 {
+    pub(crate) fn get(&mut self, code: FrontendReq) -> u64 {
         assert!(self.send(code, 1, &[], &[]));
         self.answer(code).expect("an answer").value()
     }
 
     /// Sends a message and asks for an acknowledgement: 0 is yes. `None`: the session was closed.
-    pub(super) fn ask(&mut self, code: FrontendReq, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u64> {
+    pub(crate) fn ask(&mut self, code: FrontendReq, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u64> {
         self.send(code, 9, payload, fds);
         self.answer(code).map(|a| a.value())
     }
 
     /// As [`Self::ask`], and it must be accepted.
     #[track_caller]
-    pub(super) fn must(&mut self, code: FrontendReq, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn must(&mut self, code: FrontendReq, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         assert_eq!(self.ask(code, payload, fds), Some(0), "{code:?}");
     }
 
     /// Whether the other side closed.
-    pub(super) fn is_closed(&mut self) -> bool {
+    pub(crate) fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         match self.stream.read(&mut byte) {
             Ok(n) => n == 0,
@@ -204,11 +151,11 @@ impl Raw {
         }
     }
 
-    pub(super) fn negotiate(&mut self, features: u64) {
+    pub(crate) fn negotiate(&mut self, features: u64) {
         self.negotiate_protocol(features, SUPPORTED);
     }
 
-    pub(super) fn negotiate_protocol(&mut self, features: u64, protocol: ProtocolFeatures) {
+    pub(crate) fn negotiate_protocol(&mut self, features: u64, protocol: ProtocolFeatures) {
         assert!(self.send(FrontendReq::SET_OWNER, 1, &[], &[]));
         let offered = self.get(FrontendReq::GET_FEATURES);
         assert_eq!(features & !offered, 0);
@@ -218,7 +165,7 @@ impl Raw {
         self.must(FrontendReq::SET_FEATURES, &wide(&[features]), &[]);
     }
 
-    pub(super) fn memory(&mut self, size: u64) -> OwnedFd {
+    pub(crate) fn memory(&mut self, size: u64) -> OwnedFd {
         let fd = memfd(size);
         let payload = [words(&[1, 0]), wide(&[0, size, USER, 0])].concat();
         self.must(FrontendReq::SET_MEM_TABLE, &payload, &[fd.as_fd()]);
@@ -226,7 +173,7 @@ impl Raw {
     }
 
     /// Everything a ring of 256 needs, at page `index * 8`, and starts it.
-    pub(super) fn ring(&mut self, index: u32) -> (EventFd, EventFd) {
+    pub(crate) fn ring(&mut self, index: u32) -> (EventFd, EventFd) {
         let (call, kick) = (event(), event());
         self.set_up_ring(index, 256, 0);
         self.must(FrontendReq::SET_VRING_CALL, &wide(&[index.into()]), &[call.as_fd()]);
@@ -234,7 +181,7 @@ impl Raw {
         (call, kick)
     }
 
-    pub(super) fn set_up_ring(&mut self, index: u32, size: u32, base: u32) {
+    pub(crate) fn set_up_ring(&mut self, index: u32, size: u32, base: u32) {
         self.must(FrontendReq::SET_VRING_NUM, &words(&[index, size]), &[]);
         self.must(FrontendReq::SET_VRING_BASE, &words(&[index, base]), &[]);
         self.must(FrontendReq::SET_VRING_ADDR, &addresses(index, 0, 0), &[]);
@@ -242,7 +189,7 @@ impl Raw {
 }
 
 /// SET_VRING_ADDR of a ring of up to 256 at page `index * 8` of [`Raw::memory`].
-pub(super) fn addresses(index: u32, flags: u32, log: u64) -> Vec<u8> {
+pub(crate) fn addresses(index: u32, flags: u32, log: u64) -> Vec<u8> {
     let at = USER + u64::from(index) * 0x8000;
     [words(&[index, flags]), wide(&[at, at + 0x2000, at + 0x1000, log])].concat()
 }

@@ -6,21 +6,21 @@ use virtio::device::RingError;
 use virtio::features;
 use virtio::memory::{DirtyLog, GuestMemory};
 
-use crate::device::{Device, QueueStart};
+use vhost_user::{Device, QueueStart};
 
 /// What the recorder saw.
 #[derive(Default)]
-pub(super) struct Seen {
-    pub(super) calls: Vec<String>,
-    pub(super) starts: Vec<(u16, QueueStart)>,
-    pub(super) memory: Option<Arc<GuestMemory>>,
-    pub(super) log: Option<Arc<DirtyLog>>,
+pub(crate) struct Seen {
+    pub(crate) calls: Vec<String>,
+    pub(crate) starts: Vec<(u16, QueueStart)>,
+    pub(crate) memory: Option<Arc<GuestMemory>>,
+    pub(crate) log: Option<Arc<DirtyLog>>,
     /// What `stop_queue` answers.
-    pub(super) base: u32,
+    pub(crate) base: u32,
     /// Whether `start_queue` refuses.
-    pub(super) refuse: bool,
+    pub(crate) refuse: bool,
     /// Keep what is started and said. The endurance tests do not: memory must stay constant.
-    pub(super) forgetful: bool,
+    pub(crate) forgetful: bool,
 }
 
 impl Seen {
@@ -33,24 +33,24 @@ impl Seen {
 
 /// Shared with the test.
 #[derive(Clone, Default)]
-pub(super) struct Recorder(Arc<Mutex<Seen>>);
+pub(crate) struct Recorder(Arc<Mutex<Seen>>);
 
-pub(super) const FEATURES: u64 = features::VERSION_1
+pub(crate) const FEATURES: u64 = features::VERSION_1
     | features::NET_MRG_RXBUF
     | features::RING_PACKED
     | features::RING_INDIRECT_DESC
     | features::RING_EVENT_IDX;
 
 /// Pairs of the device: few, so that an index just beyond can be tried.
-pub(super) const PAIRS: u16 = 4;
+pub(crate) const PAIRS: u16 = 4;
 
 impl Recorder {
-    pub(super) fn seen(&self) -> MutexGuard<'_, Seen> {
+    pub(crate) fn seen(&self) -> MutexGuard<'_, Seen> {
         self.0.lock().unwrap()
     }
 
     /// Whether a call that begins like this was made.
-    pub(super) fn was_called(&self, call: &str) -> bool {
+    pub(crate) fn was_called(&self, call: &str) -> bool {
         self.seen().calls.iter().any(|c| c.starts_with(call))
     }
 }

@@ -6,8 +6,9 @@ use vhost::vhost_user::message::FrontendReq as M;
 use virtio::device::{Direction, Layout};
 use virtio::features;
 
-use super::raw::*;
-use super::recorder::FEATURES;
+use crate::port::Port;
+use crate::raw::*;
+use crate::recorder::FEATURES;
 
 #[test]
 fn a_ring_starts_when_everything_is_known_in_whatever_order() {

@@ -7,10 +7,11 @@ use std::time::Duration;
 use vhost::vhost_user::message::FrontendReq as M;
 use virtio::features;
 
-use super::raw::*;
-use super::recorder::{FEATURES, Recorder};
-use crate::ProtocolFeatures;
-use crate::backend::{Endpoint, Mode, Options, SUPPORTED, serve};
+use crate::port::Port;
+use crate::raw::*;
+use crate::recorder::{FEATURES, Recorder};
+use vhost_user::backend::{Endpoint, Options, SUPPORTED, serve};
+use vhost_user::{Mode, ProtocolFeatures};
 
 #[test]
 fn features_on_offer_are_the_devices_and_the_sessions() {
@@ -22,7 +23,7 @@ fn features_on_offer_are_the_devices_and_the_sessions() {
     raw.negotiate(features::VERSION_1 | features::NET_MRG_RXBUF);
     let v1_mrg = features::VERSION_1 | features::NET_MRG_RXBUF;
     assert!(port.recorder.was_called(&format!("negotiated {v1_mrg:#x}")));
-    assert_eq!(raw.get(M::GET_QUEUE_NUM), u64::from(super::recorder::PAIRS));
+    assert_eq!(raw.get(M::GET_QUEUE_NUM), u64::from(crate::recorder::PAIRS));
     assert_eq!(raw.get(M::GET_MAX_MEM_SLOTS), 32);
 }
 

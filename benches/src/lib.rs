@@ -20,4 +20,5 @@ pub mod seats;
 pub mod sink;
 pub mod station;
 pub mod trial;
+pub mod virtio_user;
 pub mod vnfs;

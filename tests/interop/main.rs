@@ -1,4 +1,5 @@
-//! The switch with clients that we did not write: DPDK's virtio-user ports and QEMU's guests.
+//! The switch with clients that we did not write: DPDK's virtio-user ports and QEMU's guests; and our virtio-user driver with
+//! a back end that we did not write: DPDK's `net_vhost`.
 //!
 //! Owns what is between `cableway switch` and those clients, and nothing that can be tested without them. All tests here
 //! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
@@ -12,3 +13,4 @@ mod qemu;
 mod qemu_migration;
 mod switch;
 mod testpmd;
+mod testpmd_back_end;

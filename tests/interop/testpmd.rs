@@ -151,36 +151,39 @@ fn numbers(text: &str, name: &str) -> impl Iterator<Item = u64> {
 }
 
 /// An interactive testpmd, driven over its prompt.
-struct Testpmd {
+pub(crate) struct Testpmd {
     process: Child,
     input: ChildStdin,
     output: Arc<Mutex<String>>,
 }
 
 impl Testpmd {
+    /// With two virtio-user ports on the sockets of `switch`.
     fn start(switch: &Switch, options: &str, queue_pairs: u64) -> Self {
-        let mut command = Command::new("stdbuf");
-        command.args(["-oL", "dpdk-testpmd", "--lcores", "0@0,1@0", "--no-pci", "--in-memory", "-m", "512"]);
-        command.args(["--single-file-segments", "--file-prefix", "interop"]);
-        for port in 0..2 {
+        let device = |port| {
             let socket = switch.socket(port);
             let path = socket.display();
-            let device = format!(
+            format!(
                 "net_virtio_user{port},path={path},queues={queue_pairs},queue_size=256,mac=02:00:00:00:00:0{port},{options}"
-            );
+            )
+        };
+        let peers = ["--eth-peer=0,02:00:00:00:00:01", "--eth-peer=1,02:00:00:00:00:00"];
+        let more = ["--forward-mode=mac", "--txonly-multi-flow", peers[0], peers[1]];
+        Self::with_devices([device(0), device(1)], "0@0,1@0", queue_pairs, &more)
+    }
+
+    /// With these devices as ports; `lcores` are the cores of its prompt (0) and its forwarding (1).
+    pub(crate) fn with_devices(devices: [String; 2], lcores: &str, queue_pairs: u64, more: &[&str]) -> Self {
+        let mut command = Command::new("stdbuf");
+        command.args(["-oL", "dpdk-testpmd", "--lcores", lcores, "--no-pci", "--in-memory", "-m", "512"]);
+        command.args(["--single-file-segments", "--file-prefix", "interop"]);
+        for device in devices {
             command.args(["--vdev", &device]);
         }
-        command.args([
-            "--",
-            "-i",
-            "--forward-mode=mac",
-            "--txonly-multi-flow",
-            "--nb-cores=1",
-            "--no-flush-rx",
-        ]);
+        command.args(["--", "-i", "--nb-cores=1", "--no-flush-rx"]);
         command.args(["--rxd=256", "--txd=256", "--total-num-mbufs=16384"]);
         command.args([format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")]);
-        command.args(["--eth-peer=0,02:00:00:00:00:01", "--eth-peer=1,02:00:00:00:00:00"]);
+        command.args(more);
         let (mut from, to) = std::io::pipe().unwrap();
         let mut process = command
             .stdin(Stdio::piped())
@@ -204,7 +207,7 @@ impl Testpmd {
     }
 
     /// Types a line and returns what testpmd says until its next prompt.
-    fn say(&mut self, line: &str) -> String {
+    pub(crate) fn say(&mut self, line: &str) -> String {
         let from = self.output.lock().unwrap().len();
         writeln!(self.input, "{line}").unwrap();
         self.prompt(from, Duration::from_secs(20))

@@ -170,8 +170,8 @@ impl Bench<'_> {
         if alike && (shortest >= TAGGED_HEADER || shortest == self.longest) {
             let verdict = self.judge(first, shortest);
             self.carry_out(verdict, all);
-        } else if !self.port.aware && self.port.plan.sources.is_none() && shortest >= ETHERNET_HEADER {
-            let odd = self.sort_plain();
+        } else if self.port.plan.sources.is_none() && shortest >= ETHERNET_HEADER {
+            let odd = if self.port.aware { self.sort_plain::<true>() } else { self.sort_plain::<false>() };
             self.judge_each(odd);
         } else {
             self.judge_each(all);
@@ -181,41 +181,77 @@ impl Bench<'_> {
         }
     }
 
-    /// Sends on what is plain: known stations on a port that is unaware of VLANs. Returns the rest. No frame is a runt.
-    fn sort_plain(&mut self) -> FrameSet {
+    /// Sends on what is plain: from and to known stations. Returns the rest. No frame is a runt.
+    fn sort_plain<const AWARE: bool>(&mut self) -> FrameSet {
         let fdb = &*self.plan.fdb;
         let mut homes = [[Home::default(); 2]; MAX_BURST];
-        for (head, homes) in self.heads.iter().zip(&mut homes) {
+        let mut odd = FrameSet::EMPTY;
+        let frames = self.heads.iter().zip(self.frames).zip(self.out.classes.iter_mut());
+        for (i, (((head, frame), class), homes)) in frames.zip(&mut homes).enumerate() {
             let lead = Lead::of(head);
-            *homes =
-                [fdb.home(Key::from_wire(lead.destination(), 0)), fdb.home(Key::from_wire(lead.source(), 0))];
+            let mut vid = 0;
+            if AWARE {
+                let classified = self.port.plan.vlan.classify(lead.kind(), lead.tci(), frame.len);
+                odd.0 |= u64::from(classified.is_err()) << i;
+                *class = classified.unwrap_or(Class::UNAWARE);
+                vid = class.vid;
+            }
+            *homes = [
+                fdb.home(Key::from_wire(lead.destination(), vid)),
+                fdb.home(Key::from_wire(lead.source(), vid)),
+            ];
             fdb.prefetch(homes[0]);
             fdb.prefetch(homes[1]);
         }
         let mut to = PortOf([0; MAX_BURST]);
-        let mut odd = FrameSet::EMPTY;
         let (learn, now, allowed) = (self.port.plan.learn, self.clock.seconds, &self.port.untagged);
-        for (i, ((head, homes), to)) in self.heads.iter().zip(&homes).zip(&mut to.0).enumerate() {
+        let frames = self.heads.iter().zip(&homes).zip(self.out.classes.iter());
+        for (i, (((head, homes), class), to)) in frames.zip(&mut to.0).enumerate() {
             let lead = Lead::of(head);
             let source = lead.source();
+            let vid = if AWARE { class.vid } else { 0 };
             // Groups and zero are never in the table: such frames turn out odd by themselves.
             let source_is_plain = if learn {
-                fdb.at_home(Key::from_wire(source, 0), homes[1]).is_fresh_at(self.ingress, now)
+                fdb.at_home(Key::from_wire(source, vid), homes[1]).is_fresh_at(self.ingress, now)
             } else {
                 (source & 1 == 0) & (source != 0)
             };
-            let output = fdb.at_home(Key::from_wire(lead.destination(), 0), homes[0]).port();
+            let output = fdb.at_home(Key::from_wire(lead.destination(), vid), homes[0]).port();
+            let is_allowed = if AWARE {
+                self.plan.members.of(vid).contains(output) & self.port.reachable.contains(output)
+            } else {
+                allowed.contains(output)
+            };
             *to = output as u8; // only looked at if it is allowed, and then below MAX_PORTS
-            odd.0 |= u64::from(!(source_is_plain & allowed.contains(output))) << i;
+            odd.0 |= u64::from(!(source_is_plain & is_allowed)) << i;
         }
         let mut plain = FrameSet::first(self.heads.len()).without(odd);
         while let Some(i) = { plain }.next() {
             let port = to.0[i % MAX_BURST];
             let set = to.with(port).and(plain);
             plain = plain.without(set);
-            self.send(u16::from(port), Class::UNAWARE, set);
+            if AWARE {
+                self.send_each(u16::from(port), set)
+            } else {
+                self.send(u16::from(port), Class::UNAWARE, set)
+            }
         }
         odd
+    }
+
+    /// To one port, frames of several classes.
+    fn send_each(&mut self, port: u16, set: FrameSet) {
+        let mut run = FrameSet::EMPTY;
+        let mut last = Class::UNAWARE;
+        for i in set {
+            let class = self.out.classes[i % MAX_BURST];
+            if class != last && !run.is_empty() {
+                self.send(port, last, std::mem::take(&mut run));
+            }
+            last = class;
+            run.insert(i);
+        }
+        self.send(port, last, run);
     }
 
     /// Judges the frames of `set` one by one; a frame like the one before it goes the same way.

@@ -5,6 +5,7 @@
 
 mod classify;
 pub mod fdb;
+mod flow;
 mod mac;
 mod mtu;
 mod outputs;
@@ -15,6 +16,7 @@ mod vlan;
 
 pub use classify::{Classified, Clock, IngressState};
 pub use fdb::{Fdb, FdbEntry, FdbError, StaticEntry};
+pub use flow::flow_hash;
 pub use mac::{Mac, MacError};
 pub use outputs::Outputs;
 pub use plan::{BridgePlan, PlanError, PortPlan};

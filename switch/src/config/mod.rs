@@ -131,6 +131,24 @@ pub enum Vlan {
     },
 }
 
+impl std::fmt::Display for Vlan {
+    /// In the words of the configuration: `access 10`, `trunk 10,20-29, native 1`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Vlan::Unaware => f.write_str("unaware"),
+            Vlan::Access(vlan) => write!(f, "access {vlan}"),
+            Vlan::Trunk { allowed, native } => {
+                let range = |range: &RangeInclusive<u16>| match (range.start(), range.end()) {
+                    (first, last) if first == last => first.to_string(),
+                    (first, last) => format!("{first}-{last}"),
+                };
+                write!(f, "trunk {}", allowed.iter().map(range).collect::<Vec<_>>().join(","))?;
+                native.map_or(Ok(()), |native| write!(f, ", native {native}"))
+            }
+        }
+    }
+}
+
 /// Limits in frames a second; `None`: no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Storm {

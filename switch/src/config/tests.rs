@@ -124,6 +124,7 @@ fn values_mean_what_they_say() {
     assert_eq!(client.side, Side::Client { reconnect: Duration::from_millis(250) });
     let trunk = one("vlan = { trunk = [30, '10-19', 20, '15-25'], native = 1 }");
     assert_eq!(trunk.vlan, Vlan::Trunk { allowed: vec![10..=25, 30..=30], native: Some(1) });
+    assert_eq!(trunk.vlan.to_string(), "trunk 10-25,30, native 1");
     for (written, bytes) in
         [("2", 2 << 30), ("'512 MiB'", 512 << 20), ("'3GiB'", 3 << 30), ("'1 TiB'", 1 << 40)]
     {

@@ -3,18 +3,26 @@
 //! Owns the run directory, the types of all answers, the server (one housekeeping thread) and the client. Knows the switch
 //! only as a [`SwitchState`]; never touches a worker.
 
+pub mod client;
 mod features;
 pub mod report;
+mod routes;
+mod run_dir;
+mod server;
+#[cfg(test)]
+mod tests;
 
 use report::{FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
 
 pub use features::feature_names;
+pub use routes::openapi;
+pub use run_dir::{RunDirError, run_dir_of_client, run_dir_of_server};
+pub use server::{ControlError, ControlServer, ControlSocket};
 
 /// The control socket's name in the run directory.
 pub const CONTROL_SOCKET: &str = "switch.sock";
 
-/// What the control socket can ask and tell. Every call is answered from the control thread in bounded time, without
-/// waiting for a guest or a VMM.
+/// What the control socket can ask and tell. Every call is answered in bounded time, without waiting for a guest or a VMM.
 pub trait SwitchState: Send + Sync {
     /// Which switch this is.
     fn info(&self) -> SwitchInfo;
@@ -25,7 +33,7 @@ pub trait SwitchState: Send + Sync {
     /// All ports.
     fn ports(&self) -> PortsReport;
 
-    /// The learning table.
+    /// The learning table, by VLAN and address.
     fn fdb(&self) -> FdbReport;
 
     /// Reads the configuration file again and applies it as one transaction.

@@ -206,8 +206,11 @@ fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle
     Ok(thread)
 }
 
-/// Keeps housekeeping, and the session threads that it starts, off the workers' cores.
-fn host_cores(config: &Config) -> Result<(), StartError> {
+/// Keeps the calling thread, and all that it starts, off the workers' cores.
+///
+/// # Errors
+/// The kernel does not say which cores there are.
+pub fn host_cores(config: &Config) -> Result<(), StartError> {
     let permitted = host::topology::permitted_cores().map_err(std::io::Error::other)?;
     let wanted: Vec<u32> = match &config.switch.housekeeping {
         Some(cores) => cores.clone(),

@@ -2,7 +2,6 @@
 //!
 //! Reads atomics and small locks that no worker takes; changes nothing.
 
-use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering;
 
 use port::DropReason;
@@ -185,24 +184,7 @@ fn port_report(view: &PortView) -> PortReport {
             .collect(),
         memory_bytes: info.memory.0,
         mtu: c.mtu,
-        vlan: vlan_words(&c.vlan),
+        vlan: (c.vlan != Vlan::Unaware).then(|| c.vlan.to_string()),
         isolation: c.isolation.clone(),
-    }
-}
-
-/// In the words of the configuration.
-fn vlan_words(vlan: &Vlan) -> Option<String> {
-    let range = |r: &RangeInclusive<u16>| match (r.start(), r.end()) {
-        (a, b) if a == b => a.to_string(),
-        (a, b) => format!("{a}-{b}"),
-    };
-    match vlan {
-        Vlan::Unaware => None,
-        Vlan::Access(vid) => Some(format!("access {vid}")),
-        Vlan::Trunk { allowed, native } => {
-            let list = allowed.iter().map(range).collect::<Vec<_>>().join(",");
-            let native = native.map(|vid| format!(" native {vid}")).unwrap_or_default();
-            Some(format!("trunk {list}{native}"))
-        }
     }
 }

@@ -1,0 +1,141 @@
+//! The paths of the control socket, and their description as OpenAPI.
+
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use utoipa::{IntoParams, OpenApi};
+
+use super::SwitchState;
+use super::report::{
+    DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport, ReloadReport,
+    RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+};
+
+/// No request has a body worth reading.
+const BODY_MAX: usize = 4_096;
+
+/// What answers.
+type Answers = Arc<dyn SwitchState>;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "cableway switch",
+        description = "The control socket of a running switch (switch.sock in its run directory)"
+    ),
+    paths(switch, stats, ports, port, fdb, reload),
+    components(schemas(
+        DropCount,
+        Failure,
+        FdbEntry,
+        FdbReport,
+        PortReport,
+        PortState,
+        PortStats,
+        PortsReport,
+        ReloadReport,
+        RingReport,
+        RxStats,
+        StatsReport,
+        SwitchInfo,
+        Totals,
+        TxStats,
+        WorkerState,
+        WorkerStats
+    ))
+)]
+struct Description;
+
+/// The description of the control socket (OpenAPI 3.1), as `GET /v1/openapi.json` answers it.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    Description::openapi()
+}
+
+/// All paths.
+pub(super) fn router(answers: Answers) -> Router {
+    Router::new()
+        .route("/v1/openapi.json", get(async || Json(openapi())))
+        .route("/v1/switch", get(switch))
+        .route("/v1/stats", get(stats))
+        .route("/v1/ports", get(ports))
+        .route("/v1/ports/{name}", get(port))
+        .route("/v1/fdb", get(fdb))
+        .route("/v1/reload", post(reload))
+        .fallback(async || {
+            failure(StatusCode::NOT_FOUND, "there is nothing at this path; see /v1/openapi.json")
+        })
+        .method_not_allowed_fallback(async || {
+            failure(StatusCode::METHOD_NOT_ALLOWED, "this path has another method; see /v1/openapi.json")
+        })
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(answers)
+}
+
+fn failure(status: StatusCode, error: impl Into<String>) -> Response {
+    (status, Json(Failure { error: error.into() })).into_response()
+}
+
+/// Which switch this is.
+#[utoipa::path(get, path = "/v1/switch", responses((status = 200, body = SwitchInfo)))]
+async fn switch(State(answers): State<Answers>) -> Json<SwitchInfo> {
+    Json(answers.info())
+}
+
+/// All counters.
+#[utoipa::path(get, path = "/v1/stats", responses((status = 200, body = StatsReport)))]
+async fn stats(State(answers): State<Answers>) -> Json<StatsReport> {
+    Json(answers.stats())
+}
+
+/// All ports.
+#[utoipa::path(get, path = "/v1/ports", responses((status = 200, body = PortsReport)))]
+async fn ports(State(answers): State<Answers>) -> Json<PortsReport> {
+    Json(answers.ports())
+}
+
+/// One port.
+#[utoipa::path(get, path = "/v1/ports/{name}", params(("name" = String, Path, description = "The port's name")),
+    responses((status = 200, body = PortReport), (status = 404, body = Failure)))]
+async fn port(State(answers): State<Answers>, Path(name): Path<String>) -> Response {
+    match answers.ports().ports.into_iter().find(|port| port.name == name) {
+        Some(port) => Json(port).into_response(),
+        None => failure(StatusCode::NOT_FOUND, format!("there is no port {name:?}; see /v1/ports")),
+    }
+}
+
+/// Which entries of the learning table.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+struct FdbQuery {
+    /// Only those at this port.
+    port: Option<String>,
+    /// Only those of this VLAN.
+    vlan: Option<u16>,
+}
+
+/// The learning table.
+#[utoipa::path(get, path = "/v1/fdb", params(FdbQuery),
+    responses((status = 200, body = FdbReport), (status = 400, description = "An unknown or malformed parameter")))]
+async fn fdb(State(answers): State<Answers>, Query(query): Query<FdbQuery>) -> Json<FdbReport> {
+    let mut report = answers.fdb();
+    report.entries.retain(|entry| {
+        query.port.as_ref().is_none_or(|port| *port == entry.port)
+            && query.vlan.is_none_or(|vlan| Some(vlan) == entry.vlan)
+    });
+    Json(report)
+}
+
+/// Reads the configuration file again and applies it as one transaction.
+#[utoipa::path(post, path = "/v1/reload",
+    responses((status = 200, body = ReloadReport), (status = 409, description = "Refused; everything is as it was", body = Failure)))]
+async fn reload(State(answers): State<Answers>) -> Response {
+    match answers.reload() {
+        Ok(report) => Json(report).into_response(),
+        Err(error) => failure(StatusCode::CONFLICT, error),
+    }
+}

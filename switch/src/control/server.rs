@@ -1,0 +1,207 @@
+//! The server of the control socket: one thread, a bounded number of connections, each bounded in time and size.
+//!
+//! A client that sends half a request, or does not read its answer, costs its own connection and delays nobody.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::stat::{Mode, fchmod};
+use tokio::sync::{Semaphore, oneshot};
+
+use super::routes::router;
+use super::{CONTROL_SOCKET, SwitchState};
+
+/// Connections at a time; further ones are closed at once.
+const CONNECTIONS: usize = 32;
+/// Longest time for the head of a request to arrive.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// Longest life of a connection, its answers read or not.
+const CONNECTION_TIME: Duration = Duration::from_secs(30);
+/// Largest head of a request, in bytes.
+const REQUEST_MAX: usize = 16_384;
+/// Who may ask: owner and group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Another switch serves this run directory.
+    #[error("a switch is already running{} in {}: end it first, or give this one another --run-dir", pid_text(*pid), run_dir.display())]
+    AlreadyRunning {
+        /// Its process, if the kernel tells.
+        pid: Option<i32>,
+        /// The run directory.
+        run_dir: PathBuf,
+    },
+    /// Something else is at the socket's path.
+    #[error("{} exists and is not a socket: move it away", .0.display())]
+    NotASocket(PathBuf),
+    /// The kernel refused.
+    #[error("control socket {}: {doing}: {source}", path.display())]
+    System {
+        /// The socket.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn pid_text(pid: Option<i32>) -> String {
+    pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
+}
+
+/// A control socket that is bound and not yet served. Removes its file when dropped.
+pub struct ControlSocket {
+    listener: UnixListener,
+    file: SocketFile,
+}
+
+impl ControlSocket {
+    /// Takes the run directory for this process; a socket that nobody answers is replaced. Connections wait until it is
+    /// served.
+    ///
+    /// # Errors
+    /// Another switch answers there, or the kernel refuses.
+    pub fn bind(run_dir: &Path) -> Result<Self, ControlError> {
+        let path = run_dir.join(CONTROL_SOCKET);
+        let failed = |doing| {
+            let path = path.clone();
+            move |source: io::Error| ControlError::System { path, doing, source }
+        };
+        if let Ok(found) = std::fs::symlink_metadata(&path) {
+            if !found.file_type().is_socket() {
+                return Err(ControlError::NotASocket(path));
+            }
+            match UnixStream::connect(&path) {
+                Ok(other) => {
+                    let pid = getsockopt(&other, PeerCredentials).ok().map(|peer| peer.pid());
+                    return Err(ControlError::AlreadyRunning { pid, run_dir: run_dir.to_owned() });
+                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(&path)
+                        .map_err(failed("removing the one of a switch that is gone"))?;
+                }
+                Err(error) => return Err(failed("asking whether a switch is running")(error)),
+            }
+        }
+        let listener = bind_private(&path).map_err(failed("listening"))?;
+        let inode = std::fs::symlink_metadata(&path).map_err(failed("listening"))?.ino();
+        let file = SocketFile { path: path.clone(), inode };
+        // The umask may have taken the group's right away.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(SOCKET_MODE);
+        std::fs::set_permissions(&path, mode).map_err(failed("setting its permissions"))?;
+        Ok(Self { listener, file })
+    }
+
+    /// Serves it from a thread of its own.
+    ///
+    /// # Errors
+    /// The kernel refuses a thread or what it needs.
+    pub fn serve(self, state: Arc<dyn SwitchState>) -> Result<ControlServer, ControlError> {
+        let Self { listener, file } = self;
+        let path = file.path.clone();
+        let failed = |source| ControlError::System { path, doing: "serving", source };
+        let router = router(state);
+        let (stop, stopped) = oneshot::channel();
+        let start = || {
+            listener.set_nonblocking(true)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let listener = {
+                let _inside = runtime.enter();
+                tokio::net::UnixListener::from_std(listener)?
+            };
+            let serve = move || runtime.block_on(accept(listener, router, stopped));
+            std::thread::Builder::new().name("control".into()).spawn(serve)
+        };
+        let thread = start().map_err(failed)?;
+        Ok(ControlServer { stop: Some(stop), thread: Some(thread), _file: file })
+    }
+}
+
+/// Listens, with no moment in which others than owner and group may connect: the mode of an unbound socket is the mode of
+/// the file that binding makes.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    let unbound = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    fchmod(unbound.as_fd(), Mode::from_bits_truncate(SOCKET_MODE))?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&unbound), &UnixAddr::new(path)?)?;
+    listen(&unbound, Backlog::new(128)?)?;
+    Ok(UnixListener::from(unbound))
+}
+
+/// A served control socket. Ends when dropped: open connections are closed, the socket's file is removed.
+pub struct ControlServer {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+    _file: SocketFile,
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        self.stop.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Accepts until told to stop (the sender of `stopped` is dropped).
+async fn accept(
+    listener: tokio::net::UnixListener,
+    router: axum::Router,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let stream = tokio::select! {
+            _ = &mut stopped => return,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of descriptors: whoever has them may give some back.
+                    tracing::warn!("control socket: accepting a connection: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+        let service = TowerToHyperService::new(router.clone());
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(REQUEST_TIME)
+            .max_buf_size(REQUEST_MAX)
+            .serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move {
+            // A client that misbehaves or vanishes is its own problem: there is nobody to tell.
+            let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
+            drop(slot);
+        });
+    }
+}
+
+/// The file of our socket; removed when dropped, unless it is somebody else's by now.
+struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

@@ -1,2 +1,38 @@
-//! The `cableway` command.
-fn main() {}
+//! The `cableway` command: arguments in, library call, report out.
+//!
+//! Exit status: 0 when all is well, 1 when something went wrong on the way, 2 when the arguments or a configuration are
+//! wrong and nothing was started.
+
+mod output;
+mod switch;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// An NFV data-plane appliance: a vhost-user switch that copies each frame once.
+#[derive(Parser)]
+#[command(name = "cableway", version, arg_required_else_help = true)]
+struct Cableway {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Switch(switch::SwitchArgs),
+}
+
+fn main() -> ExitCode {
+    if let Err(error) = host::cpu::require_x86_64_v3() {
+        eprintln!("cableway: {error}");
+        return ExitCode::from(output::REFUSED);
+    }
+    let done = match Cableway::parse().command {
+        Command::Switch(args) => switch::run(args),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("cableway: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,100 @@
+//! `cableway switch FILE`: the switch itself, from its configuration to its last signal.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use switch::config::{Config, ThisMachine};
+use switch::control::{self, ControlSocket, SwitchState};
+use switch::runtime::Switch;
+use tracing_subscriber::EnvFilter;
+
+use super::{Place, refuse};
+
+/// Runs a switch until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What the system refused. Whatever the user can set right is said, and the status is 2.
+pub(super) fn run(file: &Path, place: &Place, log: Option<&str>) -> Result<ExitCode> {
+    let began = Instant::now();
+    if let Err(error) = start_log(log) {
+        return Ok(refuse(error));
+    }
+    // Before any thread is pinned: a pinned thread sees only its own core.
+    let machine = ThisMachine::now();
+    let run_dir = match control::run_dir_of_server(place.run_dir.as_deref()) {
+        Ok(run_dir) => run_dir,
+        Err(error) => return Ok(refuse(error)),
+    };
+    // First of all the control socket: a second switch in one directory ends here, before it touches anything.
+    let control = match ControlSocket::bind(&run_dir) {
+        Ok(control) => control,
+        Err(error) => return Ok(refuse(error)),
+    };
+    let config = match Config::load(file, &run_dir, &machine) {
+        Ok(config) => config,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return Ok(ExitCode::from(crate::output::REFUSED));
+        }
+    };
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("waiting for signals")?;
+    let ports = config.ports.len();
+    let switch = match Switch::start(config.clone(), run_dir.clone(), machine) {
+        Ok(switch) => Arc::new(switch),
+        Err(error) => return Ok(refuse(error)),
+    };
+    // The workers run on their cores; from here on, nothing else does.
+    switch::runtime::host_cores(&config)?;
+    let server = control.serve(switch.clone())?;
+    let milliseconds = began.elapsed().as_millis();
+    tracing::info!("{ports} ports in {}, ready in {milliseconds} ms", run_dir.display());
+
+    for signal in signals.forever() {
+        if signal == SIGHUP {
+            reload(&switch);
+        } else {
+            tracing::info!("ending on {}", signal_hook::low_level::signal_name(signal).unwrap_or("a signal"));
+            break;
+        }
+    }
+    drop(server);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Logs to standard error.
+fn start_log(filter: Option<&str>) -> Result<()> {
+    let filter = match filter {
+        Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("--log {filter}"))?,
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+    };
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .compact()
+        .with_env_filter(filter)
+        .with_ansi(ansi)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
+}
+
+/// Applies the changed file, and logs what came of it.
+fn reload(switch: &Switch) {
+    match switch.reload() {
+        Ok(done) => tracing::info!(
+            "configuration applied: {} added, {} removed, {} changed ({} disconnected to renegotiate), {} untouched",
+            done.added.len(),
+            done.removed.len(),
+            done.changed.len(),
+            done.reconnected.len(),
+            done.unchanged
+        ),
+        Err(error) => tracing::error!("configuration not applied, everything is as it was: {error}"),
+    }
+}

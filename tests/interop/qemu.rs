@@ -34,7 +34,7 @@ fn guests_with_packed_rings_exchange_tcp_with_equal_and_unequal_offloads() {
 #[test]
 #[ignore = "needs QEMU and a guest image: ./check qemu"]
 fn a_tcp_connection_survives_a_switch_that_is_killed_and_restarted() {
-    let mut switch = Switch::with_ports(2);
+    let mut switch = Switch::for_guests(2);
     let [mut one, mut two] = guests(&switch, ["", ""]);
     ping(&mut one, 2);
     // A connection that lasts: a chunk every 50 ms, 10 s in all.
@@ -54,7 +54,7 @@ fn a_tcp_connection_survives_a_switch_that_is_killed_and_restarted() {
 
 /// Pings and TCP both ways between guests with offloads, then between one with and one without.
 fn exchange(rings: &str) {
-    let switch = Switch::with_ports(3);
+    let switch = Switch::for_guests(3);
     let [mut one, mut two] = guests(&switch, [rings, rings]);
     for guest in [&mut one, &mut two] {
         assert!(negotiated(guest, GUEST_TSO4) && negotiated(guest, HOST_TSO4), "no segmentation offload");

@@ -27,7 +27,7 @@ fn a_guest_with_packed_rings_migrates_while_its_peer_pings_and_sends() {
 }
 
 fn migrates(rings: &str) {
-    let switch = Switch::with_ports(3);
+    let switch = Switch::for_guests(3);
     let mut peer = guest(&switch, 0, rings);
     let mut source = guest(&switch, 1, rings);
     ping(&mut peer, 2);

@@ -20,16 +20,19 @@ pub(crate) struct Switch {
 }
 
 impl Switch {
-    /// A learning bridge of `ports` vhost-user ports that listen on `v0.sock`, `v1.sock` and so on. Its worker sleeps when
-    /// nothing comes in: the guests need the core more.
-    pub(crate) fn with_ports(ports: usize) -> Self {
-        let mut config = "[switch]\nworkers = [1]\nidle = \"sleep\"\n".to_owned();
-        for port in 0..ports {
-            write!(
-                config,
-                "\n[[port]]\nname = \"v{port}\"\nkind = \"vhost-user\"\nsocket = \"v{port}.sock\"\n"
-            )
-            .unwrap();
+    /// A learning bridge for `ports` guests, as [`Self::bridge`]. Its worker sleeps when nothing comes in: the guests need the
+    /// core more.
+    pub(crate) fn for_guests(ports: usize) -> Self {
+        Self::bridge("idle = \"sleep\"", ports, "")
+    }
+
+    /// A learning bridge of `ports` vhost-user ports that listen on `v0.sock`, `v1.sock` and so on, with more keys for the
+    /// switch and for each port.
+    pub(crate) fn bridge(switch: &str, ports: usize, port: &str) -> Self {
+        let mut config = format!("[switch]\nworkers = [1]\n{switch}\n");
+        for number in 0..ports {
+            let name = format!("name = \"v{number}\"\nkind = \"vhost-user\"\nsocket = \"v{number}.sock\"");
+            write!(config, "\n[[port]]\n{name}\n{port}\n").unwrap();
         }
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("switch.toml");

@@ -7,9 +7,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use vhost_user::{Device, QueueStart};
-use virtio::device::{DeviceRing, Direction, RingError};
+use virtio::device::{DeviceRing, Direction, Ring, RingError};
 use virtio::features;
 use virtio::memory::{DirtyLog, GuestMemory};
+use virtio::with_ring;
 
 use super::{PortInfo, PortState, RunningRing, VhostPort, header_len};
 use crate::events::Event;
@@ -124,6 +125,7 @@ impl Device for VhostDevice {
             accepts: Accepts::of_features(negotiated),
             broken: false,
         };
+        with_ring!(&running.ring, r => self.port.views.started(index, r.setup(), running.enabled));
         drop(self.put_ring(index, Some(running)));
         self.rings_changed();
         Ok(())
@@ -131,12 +133,14 @@ impl Device for VhostDevice {
 
     fn stop_queue(&mut self, index: u16) -> Option<u32> {
         let base = self.put_ring(index, None).map(|running| running.ring.base());
+        self.port.views.stopped(index);
         self.rings_changed();
         base
     }
 
     fn enable_queue(&mut self, index: u16, enabled: bool) {
         self.with_ring(index, |r| r.enabled = enabled);
+        self.port.views.enabled(index, enabled);
         self.rings_changed();
     }
 

@@ -10,12 +10,13 @@ mod scatter;
 #[cfg(test)]
 mod tests;
 mod tx;
+mod view;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use virtio::device::{DeviceRing, Layout, Ring, RingError};
+use virtio::device::{DeviceRing, Ring, RingError};
 use virtio::features;
 use virtio::memory::GuestMemory;
 use virtio::with_ring;
@@ -23,6 +24,8 @@ use virtio::with_ring;
 pub use device::VhostDevice;
 pub use rx::RxRing;
 pub use tx::TxRing;
+pub(crate) use view::RingView;
+use view::RingViews;
 
 use crate::bridge::IngressState;
 use crate::claim::Claimed;
@@ -177,18 +180,6 @@ impl PortShared {
     }
 }
 
-/// What a user sees of a ring that runs.
-pub(crate) struct RingView {
-    /// Virtqueue index.
-    pub(crate) index: u16,
-    /// Descriptors.
-    pub(crate) size: u16,
-    /// Packed rather than split.
-    pub(crate) packed: bool,
-    /// Whether the driver enabled it.
-    pub(crate) enabled: bool,
-}
-
 /// A vhost-user port.
 pub struct VhostPort {
     /// What it shares with its session.
@@ -198,6 +189,7 @@ pub struct VhostPort {
     /// The guest's receive rings, one per queue pair.
     pub tx: Vec<Arc<TxSlot>>,
     memory: Mutex<Option<Arc<GuestMemory>>>,
+    views: RingViews,
 }
 
 impl VhostPort {
@@ -233,7 +225,7 @@ impl VhostPort {
                 Arc::new(TxSlot { port, index, ring: Claimed::new(None), counters: TxCounters::default() })
             })
             .collect();
-        Arc::new(Self { shared, rx, tx, memory: Mutex::new(None) })
+        Arc::new(Self { shared, rx, tx, memory: Mutex::new(None), views: RingViews::default() })
     }
 
     /// Stops every ring that still runs; after a ring broke, or when the port goes away. Workers have let go when it returns.
@@ -246,27 +238,12 @@ impl VhostPort {
             *slot.ring.take() = None;
         }
         self.shared.active.store(0, Ordering::Release);
+        self.views.all_stopped();
     }
 
     /// The rings that run, by index.
     pub(crate) fn rings(&self) -> Vec<RingView> {
-        let view = |index, running: &RunningRing| {
-            with_ring!(&running.ring, r => RingView {
-                index,
-                size: r.setup().size,
-                packed: r.setup().layout == Layout::Packed,
-                enabled: running.enabled,
-            })
-        };
-        let pairs = self.rx.iter().zip(&self.tx);
-        pairs
-            .flat_map(|(rx, tx)| {
-                let receive = tx.ring.take().as_ref().map(|r| view(tx.index, r));
-                let transmit = rx.state.take().ring.as_ref().map(|r| view(rx.index, r));
-                [receive, transmit]
-            })
-            .flatten()
-            .collect()
+        self.views.list()
     }
 
     /// Whether the guest's memory file was cut off under us.

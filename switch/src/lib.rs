@@ -9,6 +9,7 @@ pub mod events;
 pub mod offload;
 pub mod plan;
 pub mod runtime;
+pub mod sandbox;
 pub mod sleeper;
 pub mod vhost_port;
 pub mod worker;

@@ -85,7 +85,7 @@ fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
             workers: vec![1, 2],
             housekeeping: None,
             idle: Idle::Poll,
-            burst: 32,
+            burst: 64,
             fdb_size: 65_536,
             fdb_age: Duration::from_secs(300),
             forward_reserved: false,

@@ -20,7 +20,7 @@ use super::{
     SwitchConfig, Vlan,
 };
 
-const BURST: usize = 32;
+const BURST: usize = 64;
 const FDB_SIZE: usize = 65_536;
 const FDB_AGE: Duration = Duration::from_secs(300);
 const QUEUE_PAIRS: u16 = 1;

@@ -22,6 +22,7 @@ use crate::bridge::{Fdb, FdbError, PlanError};
 use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
 use crate::plan::Plans;
+use crate::sandbox::{self, SandboxError, ThreadKind};
 use crate::vhost_port::VhostPort;
 use crate::worker::{Worker, WorkerShared};
 use housekeeper::{Command, Housekeeper};
@@ -48,6 +49,9 @@ pub enum StartError {
     /// The learning table or its static entries.
     #[error("learning table: {0}")]
     Fdb(#[from] FdbError),
+    /// A thread could not be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The bridge cannot be as the configuration wants it.
     #[error(transparent)]
     Bridge(#[from] PlanError),
@@ -133,18 +137,19 @@ impl Switch {
             switch.threads.push(thread);
         }
         let (ready, result) = bounded(1);
-        let thread =
-            std::thread::Builder::new().name("housekeeping".into()).spawn(move || {
-                match host_cores(&config).and_then(|()| Housekeeper::new(shared, events, config)) {
-                    Ok(mut housekeeper) => {
-                        let _ = ready.send(Ok(()));
-                        housekeeper.run(&orders, &inbox);
-                    }
-                    Err(e) => {
-                        let _ = ready.send(Err(e));
-                    }
+        let thread = std::thread::Builder::new().name("housekeeping".into()).spawn(move || {
+            // Session threads are started from here, and inherit cores and confinement.
+            let confined = host_cores(&config).and_then(|()| Ok(sandbox::apply(ThreadKind::Housekeeping)?));
+            match confined.and_then(|()| Housekeeper::new(shared, events, config)) {
+                Ok(mut housekeeper) => {
+                    let _ = ready.send(Ok(()));
+                    housekeeper.run(&orders, &inbox);
                 }
-            })?;
+                Err(e) => {
+                    let _ = ready.send(Err(e));
+                }
+            }
+        })?;
         switch.threads.push(thread);
         result.recv().unwrap_or_else(|_| Err(std::io::Error::other("housekeeping ended at once").into()))?;
         Ok(switch)
@@ -195,8 +200,9 @@ fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle
             let placed = host::thread::pin(core).map_err(|e| failed(e.to_string()));
             // Allocated here, on the worker's node.
             let mut work = Worker::new(worker, plans);
-            let go = placed.is_ok();
-            let _ = ready.send(placed);
+            let confined = placed.and_then(|()| Ok(sandbox::apply(ThreadKind::Worker)?));
+            let go = confined.is_ok();
+            let _ = ready.send(confined);
             if go {
                 work.run();
             }

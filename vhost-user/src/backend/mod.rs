@@ -1,4 +1,4 @@
-//! The back end: serves a port's socket and drives its [`Device`](crate::Device).
+//! The back end: serves a port's socket and drives its [`Device`].
 //!
 //! One thread per port does everything: it accepts or connects, waits, and handles one message after the other. A front end
 //! that sends half a message, or reads no answers, delays nobody but itself. A second front end on a socket in use is turned

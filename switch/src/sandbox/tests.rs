@@ -1,0 +1,247 @@
+//! What a confined thread can and cannot do. Each test runs again in a process of its own, which may be killed.
+
+use super::*;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ThreadKind::{Housekeeping, Worker};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::EventFd;
+
+const ROLE: &str = "CABLEWAY_TEST_CONFINED";
+
+/// How a process ended: the signal, or what the confined code said.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Signal(i32),
+    Said(String),
+}
+
+const KILLED: End = End::Signal(libc::SIGSYS);
+
+/// Runs `act` on a thread of kind `kind`, in a process of its own that runs only the test `name`.
+fn confined(name: &str, role: &str, kind: ThreadKind, act: impl FnOnce() -> String + Send + 'static) -> End {
+    if std::env::var(ROLE).as_deref() == Ok(role) {
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0).unwrap();
+        let thread = std::thread::spawn(move || {
+            apply(kind).unwrap();
+            act()
+        });
+        println!("<{}>", thread.join().unwrap());
+        std::process::exit(0);
+    }
+    if std::env::var(ROLE).is_ok() {
+        return End::Said("another role's turn".into());
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("sandbox::tests::{name}"), "--nocapture", "--test-threads=1"])
+        .env(ROLE, role)
+        .output()
+        .unwrap();
+    match output.status.signal() {
+        Some(signal) => End::Signal(signal),
+        None => {
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            let said = text.split_once('<').and_then(|(_, rest)| rest.split_once('>'));
+            End::Said(said.map_or_else(|| format!("nothing: {output:?}"), |(said, _)| said.to_owned()))
+        }
+    }
+}
+
+fn said(text: &str) -> End {
+    End::Said(text.to_owned())
+}
+
+/// What became of a call, as a name.
+fn outcome<T>(result: io::Result<T>) -> String {
+    match result {
+        Ok(_) => "allowed".into(),
+        Err(e) => nix::Error::from_raw(e.raw_os_error().unwrap_or(0)).to_string(),
+    }
+}
+
+/// A system call with up to three numbers for arguments.
+fn call(number: c_long, a: i64, b: i64, c: i64) -> io::Result<c_long> {
+    // SAFETY: the callers pass arguments that are harmless wherever the call is allowed.
+    let result = unsafe { libc::syscall(number, a, b, c, -1, 0, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// In a victim, whether it is there for another role: then this assertion is not its business.
+fn check(actual: End, expected: End, what: &str) {
+    if std::env::var(ROLE).is_err() {
+        assert_eq!(actual, expected, "{what}");
+    }
+}
+
+#[test]
+fn a_worker_can_signal_sleep_allocate_and_survive_memory_that_goes_away() {
+    let end = confined(
+        "a_worker_can_signal_sleep_allocate_and_survive_memory_that_goes_away",
+        "worker",
+        Housekeeping,
+        || {
+            // A worker is started by housekeeping, so that both filters hold.
+            let memory = File::from(
+                nix::sys::memfd::memfd_create(c"guest", nix::sys::memfd::MFdFlags::empty()).unwrap(),
+            );
+            memory.set_len(8192).unwrap();
+            let guests = memory.try_clone().unwrap();
+            let worker = std::thread::spawn(move || worker_life(&memory));
+            std::thread::sleep(Duration::from_millis(20));
+            guests.set_len(0).unwrap();
+            worker.join().unwrap()
+        },
+    );
+    check(end, said("zeros, and 1 event"), "a worker's life");
+}
+
+fn worker_life(memory: &File) -> String {
+    let prot = nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE;
+    let len = std::num::NonZeroUsize::new(8192).unwrap();
+    // SAFETY: a new mapping, used through raw pointers.
+    let start =
+        unsafe { nix::sys::mman::mmap(None, len, prot, nix::sys::mman::MapFlags::MAP_SHARED, memory, 0) };
+    let start = start.unwrap().cast::<u8>();
+    let broken = Arc::new(AtomicBool::new(false));
+    // SAFETY: the mapping above, unmapped only after the watch is dropped.
+    let watch = unsafe { host::fault::watch(memory.as_fd(), start.as_ptr(), 8192, broken.clone()) }.unwrap();
+    let (event, epoll) = (EventFd::new().unwrap(), Epoll::new(EpollCreateFlags::empty()).unwrap());
+    epoll.add(&event, EpollEvent::new(EpollFlags::EPOLLIN, 1)).unwrap();
+    let (sender, receiver) = crossbeam::channel::bounded::<u32>(1);
+
+    apply(Worker).unwrap();
+    event.write(1).unwrap();
+    let events = epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(10u8)).unwrap();
+    event.read().unwrap();
+    epoll.delete(&event).unwrap();
+    assert!(receiver.recv_timeout(Duration::from_millis(2)).is_err());
+    drop((sender, event, epoll));
+    let big = vec![1u8; 64 << 20];
+    std::thread::yield_now();
+    // The guest truncates its memory now.
+    while !broken.load(Ordering::Acquire) {
+        // SAFETY: the mapping, of which zero pages take the place.
+        unsafe { start.as_ptr().add(4096).read_volatile() };
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    drop((watch, big));
+    // SAFETY: nobody uses the mapping any more.
+    unsafe { nix::sys::mman::munmap(start.cast(), 8192) }.unwrap();
+    format!("zeros, and {events} event")
+}
+
+#[test]
+fn a_worker_that_asks_for_anything_else_ends_the_process() {
+    const NAME: &str = "a_worker_that_asks_for_anything_else_ends_the_process";
+    let execute = i64::from(libc::PROT_READ | libc::PROT_EXEC);
+    let calls: [(&str, c_long, [i64; 3]); 9] = [
+        ("openat", libc::SYS_openat, [libc::AT_FDCWD.into(), 0, 0]),
+        ("socket", libc::SYS_socket, [libc::AF_UNIX.into(), libc::SOCK_STREAM.into(), 0]),
+        ("clone", libc::SYS_clone, [libc::CLONE_THREAD.into(), 0, 0]),
+        ("clone3", libc::SYS_clone3, [0, 0, 0]),
+        ("execve", libc::SYS_execve, [0, 0, 0]),
+        ("ptrace", libc::SYS_ptrace, [0, 0, 0]),
+        ("mmap executable", libc::SYS_mmap, [0, 4096, execute]),
+        ("mprotect executable", libc::SYS_mprotect, [0, 0, execute]),
+        ("io_uring_setup", libc::SYS_io_uring_setup, [0, 0, 0]),
+    ];
+    for (what, number, [a, b, c]) in calls {
+        check(confined(NAME, what, Worker, move || outcome(call(number, a, b, c))), KILLED, what);
+    }
+}
+
+#[test]
+fn housekeeping_that_reaches_for_other_programs_or_the_machine_ends_the_process() {
+    const NAME: &str = "housekeeping_that_reaches_for_other_programs_or_the_machine_ends_the_process";
+    for number in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_mount, libc::SYS_setns, libc::SYS_bpf] {
+        let role = format!("call {number}");
+        check(confined(NAME, &role, Housekeeping, move || outcome(call(number, 0, 0, 0))), KILLED, &role);
+    }
+    let program = || outcome(Command::new("/bin/true").status());
+    let end = confined(NAME, "a program", Housekeeping, program);
+    // Starting one fails before it could be ended: processes cannot be made either.
+    check(end, said("EPERM: Operation not permitted"), "starting a program");
+}
+
+#[test]
+fn housekeeping_is_refused_other_networks_processes_and_executable_memory() {
+    const NAME: &str = "housekeeping_is_refused_other_networks_processes_and_executable_memory";
+    let stream = i64::from(libc::SOCK_STREAM);
+    let execute = i64::from(libc::PROT_READ | libc::PROT_EXEC);
+    let refused = [
+        ("internet", libc::SYS_socket, [libc::AF_INET.into(), stream, 0]),
+        ("netlink", libc::SYS_socket, [libc::AF_NETLINK.into(), libc::SOCK_RAW.into(), 0]),
+        ("packets", libc::SYS_socket, [libc::AF_PACKET.into(), libc::SOCK_RAW.into(), 0]),
+        ("fork", libc::SYS_fork, [0, 0, 0]),
+        ("clone of a process", libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0]),
+        ("executable memory", libc::SYS_mmap, [0, 4096, execute]),
+        ("io_uring", libc::SYS_io_uring_setup, [0, 0, 0]),
+        ("typing into the terminal", libc::SYS_ioctl, [0, libc::TIOCSTI.cast_signed(), 0]),
+        ("becoming dumpable", libc::SYS_prctl, [libc::PR_SET_DUMPABLE.into(), 1, 0]),
+    ];
+    for (what, number, [a, b, c]) in refused {
+        let end = confined(NAME, what, Housekeeping, move || outcome(call(number, a, b, c)));
+        check(end, said("EPERM: Operation not permitted"), what);
+    }
+}
+
+#[test]
+fn housekeeping_can_serve_sockets_files_memory_and_threads() {
+    let end = confined(
+        "housekeeping_can_serve_sockets_files_memory_and_threads",
+        "housekeeping",
+        Housekeeping,
+        || {
+            let run = tempfile::tempdir().unwrap();
+            let path = run.path().join("v0.sock");
+            let listener = UnixListener::bind(&path).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o660)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let mut client = UnixStream::connect(&path).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            client.write_all(b"hello").unwrap();
+            let mut hello = [0; 5];
+            server.read_exact(&mut hello).unwrap();
+
+            std::fs::write(run.path().join("a"), hello).unwrap();
+            std::fs::rename(run.path().join("a"), run.path().join("b")).unwrap();
+            assert_eq!(std::fs::read(run.path().join("b")).unwrap(), b"hello");
+            std::fs::read_link(format!("/proc/self/fd/{}", server.as_raw_fd())).unwrap();
+
+            let memory =
+                host::memory::SharedMemory::new(1 << 20, host::memory::Pages::Auto, Some(0)).unwrap();
+            assert!(memory.len() >= 1 << 20);
+            let core = host::topology::permitted_cores().unwrap().iter().next().unwrap();
+            std::thread::Builder::new()
+                .name("pinned".into())
+                .spawn(move || host::thread::pin(core).unwrap())
+                .unwrap()
+                .join()
+                .unwrap();
+            drop(listener);
+            std::fs::remove_file(path).unwrap();
+            run.close().unwrap();
+            "served".to_owned()
+        },
+    );
+    check(end, said("served"), "housekeeping");
+}
+
+#[test]
+fn a_confined_thread_can_gain_no_privileges() {
+    const NAME: &str = "a_confined_thread_can_gain_no_privileges";
+    let end = confined(NAME, "status", Housekeeping, || {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let of = |key: &str| status.lines().find_map(|l| l.strip_prefix(key)).unwrap().trim().to_owned();
+        format!("{} {}", of("NoNewPrivs:"), of("Seccomp:"))
+    });
+    check(end, said("1 2"), "no_new_privs, and a filter");
+}

@@ -9,7 +9,7 @@ use arc_swap::{ArcSwap, Cache};
 use host::cpu::rdtsc;
 use port::{Burst, BurstBuffer, FrameSet, RxQueue, Scratch, TagEdit, TxQueue};
 
-use crate::bridge::{Clock, Outputs};
+use crate::bridge::{Clock, Outputs, flow_hash};
 use crate::config::Idle;
 use crate::counters::WorkerCounters;
 use crate::plan::Plan;
@@ -205,13 +205,10 @@ pub(crate) fn send(
     }
 }
 
-fn flow_hash(head: &port::Head, _len: u32) -> u32 {
-    head.0.iter().fold(0u32, |h, b| h.wrapping_mul(31).wrapping_add(u32::from(*b)))
-}
 /// The receive ring of frame `i` among `active`.
 fn queue_of(burst: &Burst<'_>, i: usize, active: usize) -> usize {
     match (burst.heads().get(i), burst.frames().get(i)) {
-        (Some(head), Some(frame)) => flow_hash(head, frame.len) as usize % active,
+        (Some(head), Some(frame)) => flow_hash(head, frame) as usize % active,
         _ => 0,
     }
 }

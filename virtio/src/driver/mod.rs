@@ -10,6 +10,8 @@
 //! [`DriverRing::publish`].
 
 mod area;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod packed;
 mod split;
 

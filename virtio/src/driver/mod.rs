@@ -184,6 +184,7 @@ struct Batch {
 }
 
 /// Checks sizes and alignment, which both layouts need.
+#[cfg(not(loom))]
 fn check(setup: &DriverSetup) -> Result<(), SetupError> {
     let possible = match setup.layout {
         Layout::Split => setup.size.is_power_of_two() && setup.size <= 32_768,

@@ -1,0 +1,454 @@
+//! `cableway switch` as a user meets it: what it refuses and how, what it leaves behind, what signals do, what it answers.
+//!
+//! The worker of these switches sleeps when nothing comes in, and nothing does: the machine stays free for other tests.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+const CABLEWAY: &str = env!("CARGO_BIN_EXE_cableway");
+
+/// A core that these tests may use; the last one, as the first has most to do.
+fn core() -> u32 {
+    host::topology::permitted_cores().unwrap().iter().last().unwrap()
+}
+
+/// A directory with a configuration and an empty run directory.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("run")).unwrap();
+        Self(dir)
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.0.path().join("run")
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("switch.toml")
+    }
+
+    /// Writes the configuration: `[switch]` on two lines, then `rest` from line 4 on.
+    fn write(&self, rest: &str) {
+        let text = format!("[switch]\nworkers = [{}]\nidle = \"sleep\"\n{rest}", core());
+        fs::write(self.file(), text).unwrap();
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.run_dir().join(format!("{name}.sock"))
+    }
+
+    /// What is in the run directory.
+    fn left_behind(&self) -> Vec<String> {
+        let names = fs::read_dir(self.run_dir()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.map(|name| name.into_string().unwrap()).collect()
+    }
+
+    /// `cableway switch ARGS --run-dir …`, to its end.
+    fn ask(&self, args: &[&str]) -> Output {
+        Command::new(CABLEWAY).arg("switch").args(args).arg("--run-dir").arg(self.run_dir()).output().unwrap()
+    }
+
+    /// The JSON that `cableway switch ARGS --json` prints.
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.ask(&[args, &["--json"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The state of a port.
+    fn state(&self, port: &str) -> String {
+        let ports = self.json(&["ports"]);
+        let found = ports["ports"].as_array().unwrap().iter().find(|found| found["name"] == port);
+        found.unwrap()["state"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Keys of a port that listens on its own name.
+fn port(name: &str) -> String {
+    format!("[[port]]\nname = \"{name}\"\nkind = \"vhost-user\"\nsocket = \"{name}.sock\"\n")
+}
+
+/// A running switch; killed when dropped.
+struct Running {
+    process: Child,
+    log: PathBuf,
+}
+
+impl Running {
+    fn start(place: &Place) -> Self {
+        Self::start_file(place, &place.file())
+    }
+
+    /// Starts the switch of `file` and waits until it says that it is ready.
+    fn start_file(place: &Place, file: &Path) -> Self {
+        let log = place.0.path().join("log");
+        let out = fs::File::create(&log).unwrap();
+        let mut command = Command::new(CABLEWAY);
+        command.arg("switch").arg(file).arg("--run-dir").arg(place.run_dir());
+        let process = command.stderr(out).stdin(Stdio::null()).spawn().unwrap();
+        let mut running = Self { process, log };
+        running.wait_for_log("ready in");
+        running
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn wait_for_log(&mut self, text: &str) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !self.log().contains(text) {
+            assert!(self.process.try_wait().unwrap().is_none(), "ended: {}", self.log());
+            assert!(Instant::now() < end, "{text:?} is not in {}", self.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.process.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Waits for its end; how long it took, and its exit status.
+    fn end(&mut self) -> (Duration, Option<i32>) {
+        let start = Instant::now();
+        let status = self.process.wait().unwrap();
+        (start.elapsed(), status.code())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A connection to a port, as a VMM makes it.
+fn connect(place: &Place, port: &str) -> UnixStream {
+    let stream = UnixStream::connect(place.socket(port)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream
+}
+
+fn is_closed(mut stream: &UnixStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    matches!(stream.read(&mut [0]), Ok(0))
+}
+
+/// Within some seconds.
+fn eventually(what: &str, mut happens: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(5);
+    while !happens() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn every_mistake_in_a_file_is_one_message_with_its_line_and_starts_nothing() {
+    let core = core();
+    let long = "s".repeat(120);
+    let answering = tempfile::tempdir().unwrap();
+    let busy = answering.path().join("busy.sock");
+    let _listener = UnixListener::bind(&busy).unwrap();
+    let with_socket = |socket: &str| port("a").replace("a.sock", socket);
+    for (rest, line, message) in [
+        (
+            port("a") + "sokcet = 'x'\n",
+            8,
+            "unknown key `sokcet` in [[port]]; did you mean `socket`?".to_owned(),
+        ),
+        (
+            port("a") + "queue_pairs = 'two'\n",
+            8,
+            "`queue_pairs`: string \"two\": wanted a whole number from 1 to 128".into(),
+        ),
+        (
+            port("a") + &port("a").replace("a.sock", "b.sock"),
+            9,
+            "port `a` is there already, on line 5".into(),
+        ),
+        (
+            port("a") + &port("b").replace("b.sock", "a.sock"),
+            11,
+            "is the socket of port `a` on line 7".into(),
+        ),
+        ("housekeeping = [4000]\n".into(), 4, "there is no core 4000".into()),
+        (
+            format!("housekeeping = [{core}]\n"),
+            4,
+            format!("core {core} is used already, in `workers` on line 2"),
+        ),
+        (port("a") + "worker = 4000\n", 8, format!("core 4000 is not one of `workers` [{core}]")),
+        (
+            port("a") + "vlan = { access = 4095 }\n",
+            8,
+            "`access`: integer `4095`: wanted a whole number from 1 to 4094".into(),
+        ),
+        (with_socket(&long), 7, "the kernel takes at most 107".into()),
+        (with_socket("/nowhere/at/all.sock"), 7, "directory /nowhere/at does not exist".into()),
+        (with_socket(busy.to_str().unwrap()), 7, "is in use, another process answers there".into()),
+        (with_socket(answering.path().to_str().unwrap()), 7, "is not a socket".into()),
+        (
+            "burst = 0\n[[prot]]\n".into(),
+            4,
+            "`burst`: integer `0`: wanted a whole number from 1 to 64".into(),
+        ),
+    ] {
+        let place = Place::new();
+        place.write(&rest);
+        let file = place.file().display().to_string();
+        for check in [&["--check"][..], &[]] {
+            let refused = place.ask(&[&[file.as_str()], check].concat());
+            let said = String::from_utf8(refused.stderr).unwrap();
+            assert_eq!(refused.status.code(), Some(2), "{rest}: {said}");
+            let found = said
+                .lines()
+                .any(|said| said.starts_with(&format!("{file}:{line}:")) && said.contains(&message));
+            assert!(found, "wanted line {line}, {message:?}, got: {said}");
+            assert!(refused.stdout.is_empty());
+            assert_eq!(place.left_behind(), [""; 0], "{rest}");
+        }
+    }
+    assert!(UnixStream::connect(&busy).is_ok(), "the other process's socket was touched");
+}
+
+#[test]
+fn a_run_directory_or_file_that_is_not_there_is_named_with_what_to_do() {
+    let place = Place::new();
+    place.write(&port("a"));
+    let file = place.file().display().to_string();
+    let run = |run_dir: &Path, file: &str| {
+        let refused =
+            Command::new(CABLEWAY).args(["switch", file, "--run-dir"]).arg(run_dir).output().unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+        String::from_utf8(refused.stderr).unwrap()
+    };
+    assert!(run(&place.run_dir().join("deeper"), &file).contains("does not exist: mkdir -p"));
+    assert!(run(&place.file(), &file).contains("is not a directory"));
+    assert!(run(&place.run_dir(), "missing.toml").contains("missing.toml: there is no such file"));
+    assert_eq!(place.left_behind(), [""; 0]);
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused_with_status_2() {
+    for args in [
+        &["switch"][..],
+        &["swich", "x"],
+        &["switch", "x", "--log", "a=b=c"],
+        &["switch", "stats", "--watch", "0"],
+    ] {
+        let refused = Command::new(CABLEWAY).args(args).output().unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{args:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn asking_where_no_switch_runs_says_so_with_status_1() {
+    let place = Place::new();
+    for question in ["stats", "ports", "fdb", "reload"] {
+        let nobody = place.ask(&[question]);
+        assert_eq!(nobody.status.code(), Some(1));
+        assert!(String::from_utf8(nobody.stderr).unwrap().contains("no switch is running in"));
+    }
+}
+
+#[test]
+fn the_bridge_of_two_ports_listens_at_once_and_ends_without_a_trace() {
+    if !host::topology::permitted_cores().unwrap().contains(1) {
+        eprintln!("skipped: configs/vv.toml wants core 1, which this process may not use");
+        return;
+    }
+    let place = Place::new();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/vv.toml");
+    let start = Instant::now();
+    let mut switch = Running::start_file(&place, &file);
+    let elapsed = start.elapsed();
+    let limit = Duration::from_millis(if cfg!(debug_assertions) { 1_000 } else { 100 });
+    assert!(elapsed < limit, "ready after {elapsed:?}");
+    for name in ["v0", "v1"] {
+        assert_eq!(fs::metadata(place.socket(name)).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(place.state(name), "listening");
+    }
+    switch.signal(nix::sys::signal::Signal::SIGTERM);
+    let (took, status) = switch.end();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!((status, place.left_behind()), (Some(0), vec![]));
+}
+
+#[test]
+fn a_switch_with_connected_vmms_ends_within_a_second_on_either_signal() {
+    for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGINT] {
+        let place = Place::new();
+        place.write(&(port("a") + &port("b")));
+        let mut switch = Running::start(&place);
+        let vmm = connect(&place, "a");
+        eventually("a is connected", || place.state("a") == "connected");
+        switch.signal(signal);
+        let (took, status) = switch.end();
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert_eq!((status, place.left_behind()), (Some(0), vec![]));
+        assert!(is_closed(&vmm));
+    }
+}
+
+#[test]
+fn a_reload_touches_only_what_changed() {
+    let place = Place::new();
+    place.write(&(port("stays") + &port("goes")));
+    let mut switch = Running::start(&place);
+    let (stays, goes) = (connect(&place, "stays"), connect(&place, "goes"));
+    eventually("both are connected", || {
+        ["stays", "goes"].iter().all(|name| place.state(name) == "connected")
+    });
+    let inode = fs::metadata(place.socket("stays")).unwrap().ino();
+
+    place.write(&(port("stays") + &port("comes")));
+    switch.signal(nix::sys::signal::Signal::SIGHUP);
+    switch.wait_for_log("configuration applied: 1 added, 1 removed, 0 changed");
+    assert!(is_closed(&goes) && !place.socket("goes").exists());
+    assert!(!is_closed(&stays));
+    assert_eq!((place.state("stays"), place.state("comes")), ("connected".into(), "listening".into()));
+    assert_eq!(fs::metadata(place.socket("stays")).unwrap().ino(), inode);
+    drop(connect(&place, "comes"));
+
+    place.write(&(port("stays") + &port("comes") + &port("third")));
+    let report = place.json(&["reload"]);
+    assert_eq!(
+        (&report["added"], &report["unchanged"]),
+        (&serde_json::json!(["third"]), &serde_json::json!(2))
+    );
+    assert!(!is_closed(&stays));
+}
+
+#[test]
+fn a_reload_that_is_refused_changes_nothing() {
+    let place = Place::new();
+    place.write(&port("a"));
+    let mut switch = Running::start(&place);
+    let vmm = connect(&place, "a");
+    eventually("a is connected", || place.state("a") == "connected");
+    let before = place.json(&["ports"]);
+
+    place.write(&(port("b") + "brust = 1\n"));
+    let refused = place.ask(&["reload"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        said.contains(&format!("{}:8:1: port `b`: unknown key `brust`", place.file().display())),
+        "{said}"
+    );
+    switch.signal(nix::sys::signal::Signal::SIGHUP);
+    switch.wait_for_log("not applied, everything is as it was");
+
+    // A socket that cannot be opened although the file is right: another process was faster.
+    let taken = UnixListener::bind(place.socket("b")).unwrap();
+    place.write(&(port("c") + &port("b")));
+    assert_eq!(place.ask(&["reload"]).status.code(), Some(1));
+    assert_eq!(place.json(&["ports"]), before);
+    assert!(!is_closed(&vmm) && !place.socket("c").exists());
+    drop(taken);
+}
+
+#[test]
+fn sockets_of_a_switch_that_was_killed_are_replaced_and_of_one_that_runs_are_not() {
+    let place = Place::new();
+    place.write(&port("a"));
+    let mut first = Running::start(&place);
+    let second = place.ask(&[place.file().to_str().unwrap()]);
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert_eq!(second.status.code(), Some(2));
+    assert!(said.contains(&format!("already running (pid {})", first.process.id())), "{said}");
+    assert_eq!(place.state("a"), "listening");
+
+    first.process.kill().unwrap();
+    first.end();
+    assert_eq!(place.left_behind().len(), 2);
+    let _again = Running::start(&place);
+    assert_eq!(place.state("a"), "listening");
+    drop(connect(&place, "a"));
+}
+
+#[test]
+fn answers_have_the_fields_that_the_description_names_and_tables_show_them() {
+    let place = Place::new();
+    place.write(&(port("a") + &port("b") + "addresses = ['02:00:00:00:00:0b']\nmtu = 1500\n"));
+    let _switch = Running::start(&place);
+    let description = serde_json::to_value(switch::control::openapi()).unwrap();
+    let named = |schema: &str| {
+        let properties = description["components"]["schemas"][schema]["properties"].as_object().unwrap();
+        properties.keys().cloned().collect::<std::collections::BTreeSet<_>>()
+    };
+    let fields =
+        |value: &Value| value.as_object().unwrap().keys().cloned().collect::<std::collections::BTreeSet<_>>();
+    let stats = place.json(&["stats"]);
+    assert_eq!(fields(&stats), named("StatsReport"));
+    assert_eq!(fields(&stats["workers"][0]), named("WorkerStats"));
+    assert_eq!(fields(&stats["ports"][1]), named("PortStats"));
+    assert_eq!(fields(&stats["ports"][1]["rx"][0]), named("RxStats"));
+    assert_eq!(fields(&place.json(&["ports"])["ports"][0]), named("PortReport"));
+    let fdb = place.json(&["fdb", "--port", "b"]);
+    assert_eq!(fields(&fdb["entries"][0]), named("FdbEntry"));
+    assert_eq!(place.json(&["fdb", "--port", "a"])["entries"], serde_json::json!([]));
+
+    let shown = |question: &str| String::from_utf8(place.ask(&[question]).stdout).unwrap();
+    assert!(shown("stats").contains("0 received + 0 copies for flooding = 0 sent + 0 dropped"));
+    assert!(shown("ports").contains("1500"));
+    assert!(shown("fdb").contains("02:00:00:00:00:0b") && shown("fdb").contains("static"));
+}
+
+#[test]
+fn a_user_without_privileges_can_run_one() {
+    const NOBODY: u32 = 65_534;
+    let place = Place::new();
+    place.write(&port("a"));
+    let root = nix::unistd::geteuid().is_root();
+    let binary = place.0.path().join("cableway");
+    if root {
+        // Where the build directory lies, another user may not be able to go.
+        fs::copy(CABLEWAY, &binary).unwrap();
+        fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let program = if root { binary.as_path() } else { Path::new(CABLEWAY) };
+    let as_user = |args: &[&str]| {
+        let mut command = Command::new(program);
+        command.arg("switch").args(args).env("XDG_RUNTIME_DIR", place.run_dir()).stdin(Stdio::null());
+        if root {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command
+    };
+    let file = place.file();
+    let file = file.to_str().unwrap();
+    if root {
+        // A directory of somebody else: refused before anything happens.
+        let refused = as_user(&[file, "--run-dir", place.run_dir().to_str().unwrap()]).output().unwrap();
+        let said = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{said}");
+        assert!(said.contains("is not permitted to user 65534"), "{said}");
+        std::os::unix::fs::chown(place.run_dir(), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let log = place.0.path().join("log");
+    let process = as_user(&[file]).stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
+    let mut switch = Running { process, log };
+    switch.wait_for_log("ready in");
+    assert!(place.run_dir().join("cableway/a.sock").exists());
+    let answer = as_user(&["ports", "--json"]).output().unwrap();
+    assert!(String::from_utf8(answer.stdout).unwrap().contains("\"listening\""));
+    switch.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(switch.end().1, Some(0));
+    assert_eq!(fs::read_dir(place.run_dir().join("cableway")).unwrap().count(), 0);
+}

@@ -3,6 +3,9 @@
 //! Exit status: 0 when all is well, 1 when something went wrong on the way, 2 when the arguments or a configuration are
 //! wrong and nothing was started.
 
+mod bench;
+mod demo;
+mod interrupt;
 mod output;
 mod switch;
 
@@ -20,6 +23,10 @@ struct Cableway {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::DemoArgs),
+    /// Measures a switch: rates, loss and latency by frame size.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     Switch(switch::SwitchArgs),
 }
 
@@ -29,6 +36,8 @@ fn main() -> ExitCode {
         return ExitCode::from(output::REFUSED);
     }
     let done = match Cableway::parse().command {
+        Command::Demo(args) => demo::run(args),
+        Command::Bench(command) => bench::run(command),
         Command::Switch(args) => switch::run(args),
     };
     done.unwrap_or_else(|error| {

@@ -2,6 +2,8 @@
 //!
 //! The worker of these switches sleeps when nothing comes in, and nothing does: the machine stays free for other tests.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
+
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

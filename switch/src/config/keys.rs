@@ -167,7 +167,7 @@ keys! {
         /// Frames taken from a queue at a time.
         burst: Bounded<1, { port::MAX_BURST as i64 }>,
         /// Entries of the learning table, rounded up to a power of two.
-        fdb_size: Bounded<64, 16_777_216>,
+        fdb_size: Bounded<1_024, 16_777_216>,
         /// Seconds after which an address that was not heard from is forgotten.
         fdb_age: Bounded<1, 1_000_000>,
         /// Whether frames to 01:80:c2:00:00:00 to 0f are forwarded.

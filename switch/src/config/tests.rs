@@ -273,6 +273,39 @@ fn a_switch_needs_its_workers_and_keeps_them_apart_from_housekeeping() {
 }
 
 #[test]
+fn more_ports_than_a_switch_has_are_refused_at_the_first_that_is_too_many() {
+    let ports = |count: usize| {
+        let port = |n| format!("[[port]]\nname = 'p{n}'\nkind = 'vhost-user'\nsocket = 'p{n}.sock'\n");
+        parse(&format!("[switch]\nworkers = [1]\n{}", (0..count).map(port).collect::<String>()))
+    };
+    assert_eq!(ports(256).unwrap().ports.len(), 256);
+    let line = 3 + 256 * 4;
+    let expected =
+        format!("test.toml:{line}:1: 257 ports: a switch has at most 256; start a second one for the others");
+    assert_eq!(ports(257).unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn the_documentation_has_every_key_feature_and_drop_reason() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/switch-configuration.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    for (table, key) in vocabulary() {
+        assert!(
+            page.contains(&format!("\n| `{key}` |")) || page.contains(&format!("{key} = ")),
+            "{table}: {key}"
+        );
+    }
+    for feature in Feature::ALL {
+        let line = format!("\n| `{}` | {} |", feature.name(), feature.sentence());
+        assert!(page.contains(&line), "missing:{line}");
+    }
+    for reason in port::DropReason::ALL {
+        let line = format!("\n| `{}` | {} |", reason.key(), reason.sentence());
+        assert!(page.contains(&line), "missing:{line}");
+    }
+}
+
+#[test]
 fn a_file_that_is_not_there_is_named() {
     let error = Config::load(Path::new("/nowhere/x.toml"), Path::new("/run"), &Lab).unwrap_err();
     assert_eq!(error.to_string(), "/nowhere/x.toml: there is no such file");

@@ -13,6 +13,7 @@ use super::keys::{PortKeys, StaticKeys, StormKeys, SwitchKeys, VlanKeys};
 use super::machine::Surroundings;
 use super::problem::{Problems, list, suggestion};
 use super::values::{CoreNumber, FrameRate, PortName, SocketName, VlanRange};
+use crate::bridge::MAX_PORTS;
 use crate::control::CONTROL_SOCKET;
 
 use super::{
@@ -72,6 +73,13 @@ pub(super) fn document(
     }
     let workers = switch.as_ref().map(|switch: &SwitchConfig| switch.workers.as_slice()).unwrap_or_default();
     let mut reader = PortReader { run_dir, surroundings, workers, problems, seen: Seen::default() };
+    if let Some(first_too_many) = ports.get(MAX_PORTS) {
+        let message = format!(
+            "{} ports: a switch has at most {MAX_PORTS}; start a second one for the others",
+            ports.len()
+        );
+        reader.problems.add(first_too_many.span(), message);
+    }
     let ports: Vec<_> =
         ports.iter().filter_map(|table| reader.port(table.span(), table.get_ref().as_table()?)).collect();
     Some(Config { file: file.to_owned(), switch: switch?, ports })

@@ -3,11 +3,12 @@
 //! A filter holds for the thread that asks for it and for all that it starts; filters only ever add up. Everything that a
 //! filter does not list is refused. What lies in memory is not protected by this: all threads share it.
 //!
-//! Two kinds of answer, on purpose. A *worker* reads what guests wrote and asks for a dozen system calls; any other means
+//! Two kinds of answer, on purpose. A *worker* reads what guests wrote and has use for few system calls; any other means
 //! that a guest has taken it over, so the process ends at once (SIGSYS, a line in the audit log) and a supervisor
-//! starts it again. *Housekeeping* runs library code (the C library, HTTP) whose calls differ between versions; there, an
-//! unknown call fails with "Operation not permitted" and costs that one request. Only calls that nothing here has any
-//! use for, such as execve, end the process there too.
+//! starts it again. (Only opening a file fails instead: the C library's allocator tries that, and can do without.)
+//! *Housekeeping* runs library code (the C library, HTTP) whose calls differ between versions; there, an unknown call
+//! fails with "Operation not permitted" and costs that one request. Only calls that nothing here has any use for, such as
+//! execve, end the process there too.
 
 use std::collections::BTreeMap;
 
@@ -56,17 +57,18 @@ pub fn apply(kind: ThreadKind) -> Result<(), SandboxError> {
 
 /// The filters for a kind of thread. Where several answer, the hardest answer holds, and among equals the last.
 fn programs(kind: ThreadKind) -> Result<Vec<BpfProgram>, BackendError> {
+    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     match kind {
-        ThreadKind::Worker => Ok(vec![only(kind, &[BOTH], SeccompAction::KillProcess)?]),
+        ThreadKind::Worker => Ok(vec![
+            // When glibc shrinks a thread's heap, it reads /proc/sys/vm/overcommit_memory, and can do without.
+            all_but(&[libc::SYS_openat], refused)?,
+            only(kind, &[BOTH, &[libc::SYS_openat]], SeccompAction::KillProcess)?,
+        ]),
         ThreadKind::Housekeeping => Ok(vec![
             all_but(FATAL, SeccompAction::KillProcess)?,
             // Its flags lie in memory, where no filter sees them; the C library then takes clone, whose flags can be seen.
             all_but(&[libc::SYS_clone3], SeccompAction::Errno(libc::ENOSYS.unsigned_abs()))?,
-            only(
-                kind,
-                &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3]],
-                SeccompAction::Errno(libc::EPERM.unsigned_abs()),
-            )?,
+            only(kind, &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3]], refused)?,
         ]),
     }
 }

@@ -3,6 +3,7 @@
 //! Housekeeping builds a new plan aside and swaps it in; workers see it at their next turn. An old plan is freed by
 //! housekeeping when the last worker has passed, never by a worker.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -35,31 +36,37 @@ impl Plan {
 
 /// The plan in force, and those that workers may still look at.
 pub struct Plans {
-    current: Arc<ArcSwap<Plan>>,
+    current: ArcSwap<Plan>,
+    /// Counts swaps: what workers compare each turn.
+    version: AtomicU64,
     old: Mutex<Vec<Arc<Plan>>>,
 }
 
 impl Plans {
     /// Begins with `plan`.
     pub fn new(plan: Plan) -> Self {
-        Self { current: Arc::new(ArcSwap::from_pointee(plan)), old: Mutex::default() }
+        Self { current: ArcSwap::from_pointee(plan), version: AtomicU64::new(0), old: Mutex::default() }
     }
 
-    /// For a worker's cache.
-    pub fn subscribe(&self) -> Arc<ArcSwap<Plan>> {
-        self.current.clone()
+    /// How often the plan was replaced.
+    #[inline(always)]
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 
-    /// The plan in force.
-    pub fn load(&self) -> Arc<Plan> {
-        self.current.load_full()
+    /// The plan in force, and a version not newer than it.
+    pub fn load(&self) -> (u64, Arc<Plan>) {
+        let version = self.version();
+        (version, self.current.load_full())
     }
 
     /// Puts `plan` in force.
     pub fn swap(&self, plan: Plan) {
+        let mut graves = self.old.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.current.swap(Arc::new(plan));
-        self.old.lock().unwrap_or_else(PoisonError::into_inner).push(old);
-        self.collect();
+        self.version.fetch_add(1, Ordering::Release);
+        graves.push(old);
+        graves.retain(|plan| Arc::strong_count(plan) > 1);
     }
 
     /// Frees old plans that nobody looks at any more. Returns how many are left.

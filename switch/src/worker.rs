@@ -5,14 +5,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use arc_swap::{ArcSwap, Cache};
 use host::cpu::rdtsc;
 use port::{Burst, BurstBuffer, FrameSet, RxQueue, Scratch, TagEdit, TxQueue};
 
 use crate::bridge::{Clock, Outputs, flow_hash};
+use crate::claim::Owner;
 use crate::config::Idle;
 use crate::counters::WorkerCounters;
-use crate::plan::Plan;
+use crate::plan::{Plan, Plans};
 use crate::sleeper::Sleeper;
 use crate::vhost_port::{RxSlot, VhostPort};
 
@@ -43,7 +43,9 @@ pub struct WorkerShared {
 /// A worker's private state.
 pub struct Worker {
     shared: Arc<WorkerShared>,
-    plans: Cache<Arc<ArcSwap<Plan>>, Arc<Plan>>,
+    plans: Arc<Plans>,
+    plan: Arc<Plan>,
+    version: u64,
     tools: Tools,
     hz: u64,
     second_ends: u64,
@@ -52,6 +54,7 @@ pub struct Worker {
 
 /// What the turns of a worker work with; allocated once.
 struct Tools {
+    owner: Owner,
     buffer: BurstBuffer,
     outputs: Outputs,
     scratch: Scratch,
@@ -77,16 +80,18 @@ impl WorkerShared {
 }
 
 impl Worker {
-    /// A worker that follows `plans`.
-    pub fn new(shared: Arc<WorkerShared>, plans: Arc<ArcSwap<Plan>>) -> Self {
+    /// A worker that follows `plans`; `None` when this process had 65,535 of them.
+    pub fn new(shared: Arc<WorkerShared>, plans: Arc<Plans>) -> Option<Self> {
         let hz = host::cpu::tsc_hz();
         let clock = clock_since(shared.epoch);
         let tools = Tools {
+            owner: Owner::new()?,
             buffer: BurstBuffer::default(),
             outputs: Outputs::default(),
             scratch: Scratch::default(),
         };
-        Self { shared, plans: Cache::new(plans), tools, hz, second_ends: clock.cycles + hz, clock }
+        let (version, plan) = plans.load();
+        Some(Self { shared, plans, plan, version, tools, hz, second_ends: clock.cycles + hz, clock })
     }
 
     /// Works until it is told to stop.
@@ -95,8 +100,10 @@ impl Worker {
         let mut last = rdtsc();
         let mut idle_since = last;
         while !self.shared.stop.load(Ordering::Relaxed) {
-            let plan = self.plans.load();
-            let frames = turn(plan, self.shared.index, self.clock, &mut self.tools);
+            if self.plans.version() != self.version {
+                self.follow();
+            }
+            let frames = turn(&self.plan, self.shared.index, self.clock, &mut self.tools);
             let now = rdtsc();
             let counters = &self.shared.counters;
             counters.turns.add(1);
@@ -106,8 +113,8 @@ impl Worker {
                 idle_since = now;
             } else {
                 counters.idle.add(now - last);
-                if plan.idle == Idle::Sleep && now - idle_since > patience {
-                    sleep(plan, &self.shared);
+                if self.plan.idle == Idle::Sleep && now - idle_since > patience {
+                    sleep(&self.plan, &self.shared, &mut self.tools.owner);
                     idle_since = rdtsc();
                 }
             }
@@ -118,6 +125,21 @@ impl Worker {
                 self.clock.seconds += 1;
             }
         }
+        leave_all(&self.plan, self.shared.index, &mut self.tools.owner);
+    }
+
+    /// Takes up the plan in force. The old one is freed by housekeeping, which holds it too.
+    #[cold]
+    fn follow(&mut self) {
+        leave_all(&self.plan, self.shared.index, &mut self.tools.owner);
+        (self.version, self.plan) = self.plans.load();
+    }
+}
+
+/// Gives up every queue that the worker polls under `plan`.
+fn leave_all(plan: &Plan, index: usize, owner: &mut Owner) {
+    for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {
+        queue.leave(owner);
     }
 }
 
@@ -140,8 +162,9 @@ fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> usize {
 /// One burst of one queue.
 #[inline(always)]
 fn poll(plan: &Plan, queue: &RxSlot, clock: Clock, tools: &mut Tools) -> usize {
-    let Some(mut claim) = queue.claim() else { return 0 };
-    let Some(mut polled) = queue.polled(&mut claim, plan.burst) else { return 0 };
+    let Tools { owner, buffer, outputs, scratch } = tools;
+    let Some(mut entered) = queue.enter(owner) else { return 0 };
+    let Some(mut polled) = queue.polled(&mut entered, plan.burst) else { return 0 };
     let waiting = polled.ring.peek();
     if waiting == 0 {
         return 0;
@@ -153,7 +176,6 @@ fn poll(plan: &Plan, queue: &RxSlot, clock: Clock, tools: &mut Tools) -> usize {
     if let Some(tx) = &mut ahead {
         tx.prepare(waiting);
     }
-    let Tools { buffer, outputs, scratch } = tools;
     scratch.refill();
     let mut burst = polled.ring.poll(buffer);
     let frames = burst.len();
@@ -215,19 +237,20 @@ fn queue_of(burst: &Burst<'_>, i: usize, active: usize) -> usize {
 
 /// Asks all drivers for notifications and sleeps, unless frames came in meanwhile.
 #[cold]
-fn sleep(plan: &Plan, shared: &WorkerShared) {
+fn sleep(plan: &Plan, shared: &WorkerShared, owner: &mut Owner) {
     let queues = plan.queues.get(shared.index).map(Vec::as_slice).unwrap_or_default();
     let mut pending = false;
     for queue in queues {
-        pending |= queue.arm(&shared.sleeper);
+        pending |= queue.arm(owner, &shared.sleeper);
     }
     if !pending {
+        leave_all(plan, shared.index, owner);
         shared.counters.sleeps.add(1);
         shared.asleep.store(true, Ordering::Relaxed);
         shared.sleeper.sleep(SLEEP_MILLISECONDS);
         shared.asleep.store(false, Ordering::Relaxed);
     }
     for queue in queues {
-        queue.disarm();
+        queue.disarm(owner);
     }
 }

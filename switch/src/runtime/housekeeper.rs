@@ -105,7 +105,7 @@ impl Housekeeper {
         match event {
             Event::RingBroken { port, queue, error } => self.broken(port, queue, &error.to_string()),
             Event::Announce { port, mac } => {
-                super::announce::announce(&self.shared.plans.load(), port, mac, self.clock());
+                super::announce::announce(&self.shared.plans.load().1, port, mac, self.clock());
             }
             // Rings start in pairs and at once: one plan for all that is known by now.
             Event::RingsChanged => {

@@ -89,7 +89,7 @@ pub(crate) struct View {
 
 /// What all threads of a switch share.
 pub(crate) struct Shared {
-    pub(crate) plans: Plans,
+    pub(crate) plans: Arc<Plans>,
     pub(crate) fdb: Arc<Fdb>,
     pub(crate) workers: Vec<Arc<WorkerShared>>,
     pub(crate) view: ArcSwap<View>,
@@ -122,7 +122,7 @@ impl Switch {
             .collect::<Result<Vec<_>, _>>()?;
         let view = View { config: config.clone(), ports: Vec::new() };
         let shared = Arc::new(Shared {
-            plans: Plans::new(first),
+            plans: Arc::new(Plans::new(first)),
             fdb,
             workers,
             view: ArcSwap::from_pointee(view),
@@ -192,19 +192,24 @@ impl Drop for Switch {
 fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle<()>, StartError> {
     let core = worker.core;
     let failed = move |reason: String| StartError::Worker { core, reason };
-    let plans = shared.plans.subscribe();
+    let plans = shared.plans.clone();
     let (ready, result) = bounded(1);
     let thread = std::thread::Builder::new()
         .name(format!("worker-{core}"))
         .spawn(move || {
             let placed = host::thread::pin(core).map_err(|e| failed(e.to_string()));
             // Allocated here, on the worker's node.
-            let mut work = Worker::new(worker, plans);
-            let confined = placed.and_then(|()| Ok(sandbox::apply(ThreadKind::Worker)?));
-            let go = confined.is_ok();
-            let _ = ready.send(confined);
-            if go {
-                work.run();
+            let worker =
+                Worker::new(worker, plans).ok_or_else(|| failed("too many workers were started".into()));
+            let confined = placed.and_then(|()| Ok(sandbox::apply(ThreadKind::Worker)?)).and(worker);
+            match confined {
+                Ok(mut worker) => {
+                    let _ = ready.send(Ok(()));
+                    worker.run();
+                }
+                Err(e) => {
+                    let _ = ready.send(Err(e));
+                }
             }
         })
         .map_err(|e| failed(e.to_string()))?;

@@ -104,7 +104,7 @@ impl Switch {
     }
 
     fn port_stats(&self, view: &PortView) -> PortStats {
-        let plan = self.shared.plans.load();
+        let (_, plan) = self.shared.plans.load();
         let core_of = |index: u16| {
             let polls = |w: &usize| {
                 let queues = plan.queues.get(*w).map(Vec::as_slice).unwrap_or_default();

@@ -16,7 +16,7 @@ use virtio::with_ring;
 
 use super::{PortShared, RunningRing, RxSlot, RxState};
 use crate::bridge::IngressState;
-use crate::claim::Claim;
+use crate::claim::{Entered, Owner};
 use crate::counters::RxCounters;
 use crate::sleeper::Sleeper;
 
@@ -48,20 +48,25 @@ pub(crate) struct Polled<'c> {
 }
 
 impl RxSlot {
-    /// Claims the queue for one burst of at most `limit` frames; `None` if it does not run or somebody else has it.
+    /// The queue, for the worker that polls it; `None` while somebody else has it or waits for it.
     #[inline(always)]
-    pub(crate) fn claim(&self) -> Option<Claim<'_, RxState>> {
-        self.state.try_claim()
+    pub(crate) fn enter<'c>(&'c self, owner: &'c mut Owner) -> Option<Entered<'c, RxState>> {
+        self.state.enter(owner)
     }
 
-    /// The queue behind a claim, if it runs.
+    /// Its worker goes elsewhere.
+    pub(crate) fn leave(&self, owner: &mut Owner) {
+        self.state.leave(owner);
+    }
+
+    /// What a burst of at most `limit` frames needs, if the ring runs.
     #[inline(always)]
     pub(crate) fn polled<'c>(
         &'c self,
-        claim: &'c mut Claim<'_, RxState>,
+        entered: &'c mut Entered<'_, RxState>,
         limit: usize,
     ) -> Option<Polled<'c>> {
-        let RxState { ring, ingress, likely } = &mut **claim;
+        let RxState { ring, ingress, likely } = &mut **entered;
         let running = ring.as_mut().filter(|r| r.live())?;
         let limit = limit.min(MAX_BURST);
         let ring = RxRing {
@@ -77,8 +82,8 @@ impl RxSlot {
 
     /// Before a worker sleeps: asks the driver for notifications and lets `sleeper` hear them. True if the worker must not
     /// sleep: frames wait, somebody else has the ring, or the driver cannot kick.
-    pub(crate) fn arm(&self, sleeper: &Arc<Sleeper>) -> bool {
-        let Some(mut claim) = self.state.try_claim() else { return true };
+    pub(crate) fn arm(&self, owner: &mut Owner, sleeper: &Arc<Sleeper>) -> bool {
+        let Some(mut claim) = self.state.enter(owner) else { return true };
         let Some(running) = claim.ring.as_mut().filter(|r| r.live()) else { return false };
         let Some(kick) = &mut running.kick else { return true };
         kick.watch(sleeper);
@@ -87,8 +92,8 @@ impl RxSlot {
     }
 
     /// After a worker slept: no notifications, please.
-    pub(crate) fn disarm(&self) {
-        if let Some(mut claim) = self.state.try_claim()
+    pub(crate) fn disarm(&self, owner: &mut Owner) {
+        if let Some(mut claim) = self.state.enter(owner)
             && let Some(running) = claim.ring.as_mut().filter(|r| r.live())
         {
             running.ring.set_notify(false);

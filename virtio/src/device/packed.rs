@@ -4,13 +4,13 @@
 //! hands out only checked chains. Where the front end keeps an inflight region, the position is written there once a burst,
 //! so that a crashed device resumes. Never allocates, never blocks, never knows what the buffers are for.
 
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering, compiler_fence};
 
 use super::chain::{Chain, Stock, Walk, table_entry};
 use super::setup::{Direction, InflightArea, RingError, RingSetup};
 use super::{Ring, need_event};
 use crate::features;
-use crate::memory::copy::{prefetch_read, prefetch_write};
+use crate::memory::copy::{full_fence, prefetch_read, prefetch_write};
 use crate::memory::packed::{AVAIL, Events, Ring as Descriptors, USED};
 use crate::memory::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 
@@ -309,7 +309,7 @@ impl Ring for PackedRing {
         }
         let (old, new) = (self.published, self.used);
         self.published = new;
-        fence(Ordering::SeqCst);
+        full_fence();
         let (event, flags) = self.driver.get();
         match flags {
             Events::DESCRIPTOR => {
@@ -327,7 +327,7 @@ impl Ring for PackedRing {
 
     fn set_notify(&mut self, on: bool) {
         self.device.set(0, if on { Events::ENABLE } else { Events::DISABLE });
-        fence(Ordering::SeqCst);
+        full_fence();
     }
 
     #[inline(always)]

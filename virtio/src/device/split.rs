@@ -3,13 +3,11 @@
 //! Owns the shadow of the avail and used indices. Reads each descriptor exactly once, through [`crate::memory`], and hands
 //! out only checked chains. Never allocates, never blocks, never knows what the buffers are for.
 
-use std::sync::atomic::{Ordering, fence};
-
 use super::chain::{Chain, Stock, Walk, table_entry};
 use super::setup::{Direction, RingError, RingSetup};
 use super::{Ring, need_event};
 use crate::features;
-use crate::memory::copy::{prefetch_read, prefetch_write};
+use crate::memory::copy::{full_fence, prefetch_read, prefetch_write};
 use crate::memory::split::{Avail, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Table, Used};
 
 /// The device side of a split ring.
@@ -301,7 +299,7 @@ impl Ring for SplitRing {
             log.mark(at, 4);
         }
         // The driver sets its flags or event, then looks at the index; we the other way round (section 2.7.7.2).
-        fence(Ordering::SeqCst);
+        full_fence();
         if self.event_idx {
             need_event(self.avail.used_event(), new, old)
         } else {
@@ -317,7 +315,7 @@ impl Ring for SplitRing {
         } else {
             self.used.set_flags(if on { 0 } else { Used::NO_NOTIFY });
         }
-        fence(Ordering::SeqCst);
+        full_fence();
     }
 
     #[inline(always)]

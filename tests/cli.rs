@@ -308,6 +308,31 @@ fn a_switch_with_connected_vmms_ends_within_a_second_on_either_signal() {
 }
 
 #[test]
+fn every_thread_is_confined_and_off_the_workers_core_unless_it_is_the_worker() {
+    let place = Place::new();
+    place.write(&port("a"));
+    let switch = Running::start(&place);
+    let permitted = host::topology::permitted_cores().unwrap().len();
+    let mut threads = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", switch.process.id())).unwrap() {
+        let path = task.unwrap().path();
+        let name = fs::read_to_string(path.join("comm")).unwrap().trim().to_owned();
+        let status = fs::read_to_string(path.join("status")).unwrap();
+        let value =
+            |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned();
+        assert_eq!((value("NoNewPrivs:"), value("Seccomp:")), ("1".into(), "2".into()), "{name}");
+        let cores: host::topology::CoreSet = value("Cpus_allowed_list:").parse().unwrap();
+        let is_worker = name.starts_with("worker-");
+        // On a machine with one core everything shares it.
+        assert!(cores.contains(core()) == is_worker || permitted == 1, "{name}: {cores}");
+        threads.push(name);
+    }
+    for name in ["cableway", "control", "housekeeping", "vhu-a"] {
+        assert!(threads.iter().any(|thread| thread == name), "{name} is not in {threads:?}");
+    }
+}
+
+#[test]
 fn a_reload_touches_only_what_changed() {
     let place = Place::new();
     place.write(&(port("stays") + &port("goes")));

@@ -12,6 +12,7 @@ use signal_hook::iterator::Signals;
 use switch::config::{Config, ThisMachine};
 use switch::control::{self, ControlSocket, SwitchState};
 use switch::runtime::Switch;
+use switch::sandbox::{self, ThreadKind};
 use tracing_subscriber::EnvFilter;
 
 use super::{Place, refuse};
@@ -49,8 +50,9 @@ pub(super) fn run(file: &Path, place: &Place, log: Option<&str>) -> Result<ExitC
         Ok(switch) => Arc::new(switch),
         Err(error) => return Ok(refuse(error)),
     };
-    // The workers run on their cores; from here on, nothing else does.
+    // The workers run on their cores; from here on, nothing else does. The control thread inherits core and confinement.
     switch::runtime::host_cores(&config)?;
+    sandbox::apply(ThreadKind::Housekeeping)?;
     let server = control.serve(switch.clone())?;
     let milliseconds = began.elapsed().as_millis();
     tracing::info!("{ports} ports in {}, ready in {milliseconds} ms", run_dir.display());

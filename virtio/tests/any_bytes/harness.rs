@@ -198,7 +198,7 @@ impl Kind {
         // Usually what an honest device would say.
         let id = if choice < 192 { cursor.at } else { u16::from(choice) % (self.size + 1) };
         let len = u32::from(input.byte() % 101) + u32::from(choice == 255);
-        let step = u16::from(input.byte() % 8 == 0) + 1;
+        let step = u16::from(input.byte().is_multiple_of(8)) + 1;
         match self.layout {
             Layout::Split => {
                 let used = (sizes.descriptors.next_multiple_of(16) + sizes.driver).next_multiple_of(16);

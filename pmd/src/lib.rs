@@ -1,4 +1,3 @@
-//! Poll-mode drivers: one module for each device family. A driver owns its device's rings and buffers and is polled; it
-//! never starts a thread, never sleeps and never allocates once it runs.
+#![doc = include_str!("../README.md")]
 
 pub mod virtio_user;

@@ -71,8 +71,6 @@ pub struct RxCounters {
     pub replicas: Counter,
     /// Frames handed to none.
     pub drops: Drops,
-    /// Cycles spent on bursts of this queue, for placing it.
-    pub cycles: Counter,
 }
 
 /// What went out of a queue: `offered = sent + dropped`. Over all queues of a switch, `received + replicas` of the one side

@@ -87,7 +87,6 @@ impl Device for VhostDevice {
     fn connected(&mut self) {
         let shared = &self.port.shared;
         shared.broken.store(false, Ordering::Release);
-        shared.sessions.fetch_add(1, Ordering::Relaxed);
         self.info(|i| *i = PortInfo { last_end: i.last_end.take(), ..PortInfo::default() });
         shared.set_state(PortState::Connected);
     }

@@ -13,7 +13,7 @@ mod tx;
 mod view;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio::device::{DeviceRing, Ring, RingError};
@@ -160,8 +160,6 @@ pub struct PortShared {
     pub(crate) active: AtomicU16,
     pub(crate) state: Mutex<PortState>,
     pub(crate) info: Mutex<PortInfo>,
-    /// Largest frame this port carries, for the guest's MTU.
-    pub(crate) sessions: AtomicU64,
 }
 
 impl PortShared {
@@ -203,7 +201,6 @@ impl VhostPort {
             active: AtomicU16::new(0),
             state: Mutex::new(PortState::Waiting),
             info: Mutex::new(PortInfo::default()),
-            sessions: AtomicU64::new(0),
         });
         let rx = (0..queue_pairs)
             .map(|pair| {

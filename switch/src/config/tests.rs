@@ -295,6 +295,19 @@ fn the_documentation_has_every_key_feature_and_drop_reason() {
             "{table}: {key}"
         );
     }
+    let config = port("").unwrap();
+    let (switch, plain) = (&config.switch, &config.ports[0]);
+    for (key, default) in [
+        ("burst", switch.burst.to_string()),
+        ("fdb_size", switch.fdb_size.to_string()),
+        ("fdb_age", switch.fdb_age.as_secs().to_string()),
+        ("idle", format!("`\"{}\"`", switch.idle.word())),
+        ("queue_pairs", plain.queue_pairs.to_string()),
+        ("learn_limit", plain.learn_limit.to_string()),
+        ("max_memory", format!("`\"{} TiB\"`", plain.max_memory >> 40)),
+    ] {
+        assert!(page.contains(&format!("\n| `{key}` | {default} |")), "{key} is {default} by default");
+    }
     for feature in Feature::ALL {
         let line = format!("\n| `{}` | {} |", feature.name(), feature.sentence());
         assert!(page.contains(&line), "missing:{line}");

@@ -255,100 +255,103 @@ impl Housekeeper {
         }
     }
 
-    /// Puts `config` in force, whole or not at all.
+    /// Puts `config` in force, whole or not at all. What fails is opening sockets and the bridge's tables, so that comes first;
+    /// a port that changes on the same socket must close before it opens anew, and is put back if anything fails.
     fn apply(&mut self, config: Config) -> Result<ReloadReport, ApplyError> {
         self.check_restart(&config)?;
-        let mut report = ReloadReport::default();
-        let find = |name: &str| self.ports.iter().position(|p| p.config.name == name);
-        // What must be opened anew: new ports, and those whose session changes. A changed port on the same socket can only
-        // be opened when the old one is closed, so that one is put back if anything fails.
-        let mut opened: Vec<RunningPort> = Vec::new();
-        let mut closed: Vec<PortConfig> = Vec::new();
-        let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.shared.number).collect();
-        let mut failed = None;
-        for wanted in &config.ports {
-            match find(&wanted.name).and_then(|i| self.ports.get(i)) {
-                Some(old) if old.config == *wanted => report.unchanged += 1,
-                Some(old) if ports::same_session(&old.config, wanted) => {
-                    report.changed.push(wanted.name.clone())
-                }
-                Some(_) => {
-                    report.changed.push(wanted.name.clone());
-                    report.reconnected.push(wanted.name.clone());
-                }
-                None => report.added.push(wanted.name.clone()),
-            }
-        }
+        let mut report = self.difference(&config);
         let gone = |p: &RunningPort| config.port(&p.config.name).is_none();
-        report.removed = self.ports.iter().filter(|p| gone(p)).map(|p| p.config.name.clone()).collect();
         // Sockets that somebody else wants from now on are free before they are opened.
-        let taken: Vec<_> = config.ports.iter().map(|p| p.socket.clone()).collect();
-        let leaves = |p: &RunningPort| {
-            report.reconnected.contains(&p.config.name) || (gone(p) && taken.contains(&p.config.socket))
-        };
-        let (leaving, mut staying): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.ports).into_iter().partition(leaves);
-        for old in leaving {
-            closed.push(old.config.clone());
-            numbers.retain(|n| *n != old.port.shared.number);
-            self.shared.fdb.flush_port(old.port.shared.number);
-        }
-        for wanted in &config.ports {
-            if staying.iter().any(|p| p.config.name == wanted.name) {
-                continue;
-            }
-            let number = free_number(&numbers);
-            match open(wanted, number, &self.events) {
-                Ok(port) => {
-                    numbers.push(number);
-                    opened.push(port);
-                }
-                Err(e) => {
-                    failed = Some(e);
-                    break;
-                }
-            }
-        }
-        if failed.is_none() {
-            let mut all: Vec<(u16, PortConfig)> = Vec::new();
-            for wanted in &config.ports {
-                let running = staying.iter().chain(&opened).find(|p| p.config.name == wanted.name);
-                all.extend(running.map(|p| (p.port.shared.number, wanted.clone())));
-            }
-            failed = self.shared.fdb.set_static(&ports::static_entries(&all)).err().map(StartError::from);
-        }
-        if let Some(error) = failed {
-            drop(opened);
-            for old in &closed {
-                let number = free_number(&staying.iter().map(|p| p.port.shared.number).collect::<Vec<_>>());
-                match open(old, number, &self.events) {
-                    Ok(port) => staying.push(port),
-                    Err(e) => tracing::error!("{e}; the port is closed until the next reload"),
-                }
-            }
-            self.ports = staying;
-            let _ = self.shared.fdb.set_static(&ports::static_entries(&self.numbered()));
-            self.republish();
-            return Err(error.into());
-        }
+        let wanted_anew = |p: &RunningPort| config.ports.iter().any(|c| c.socket == p.config.socket);
+        let (leaving, staying): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ports)
+            .into_iter()
+            .partition(|p| report.reconnected.contains(&p.config.name) || (gone(p) && wanted_anew(p)));
         self.ports = staying;
+        let mut closed = Vec::new();
+        for old in leaving {
+            self.shared.fdb.flush_port(old.port.shared.number);
+            closed.push(old.config.clone());
+        }
+        let opened = self.open_missing(&config.ports).and_then(|opened| {
+            let ports = self.ports.iter().chain(&opened);
+            let entries: Vec<(u16, PortConfig)> = ports
+                .filter_map(|p| Some((p.port.shared.number, config.port(&p.config.name)?.clone())))
+                .collect();
+            self.shared.fdb.set_static(&ports::static_entries(&entries))?;
+            Ok(opened)
+        });
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.put_back(&closed);
+                return Err(error.into());
+            }
+        };
         self.ports.extend(opened);
-        let removed: Vec<RunningPort>;
-        (removed, self.ports) = std::mem::take(&mut self.ports).into_iter().partition(gone);
+        let (removed, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ports).into_iter().partition(gone);
+        self.ports = kept;
         for port in &mut self.ports {
             if let Some(wanted) = config.port(&port.config.name) {
                 port.configure(wanted.clone());
             }
         }
-        let order = |p: &RunningPort| config.ports.iter().position(|c| c.name == p.config.name);
-        self.ports.sort_by_key(order);
+        self.ports.sort_by_key(|p| config.ports.iter().position(|c| c.name == p.config.name));
         report.switch_changed = self.config.switch != config.switch;
-        self.config = config.clone();
+        self.config = config;
         self.publish().map_err(StartError::from)?;
         for port in removed {
             self.shared.fdb.flush_port(port.port.shared.number);
         }
         Ok(report)
+    }
+
+    /// What `config` changes.
+    fn difference(&self, config: &Config) -> ReloadReport {
+        let mut report = ReloadReport::default();
+        for wanted in &config.ports {
+            let name = wanted.name.clone();
+            match self.ports.iter().find(|p| p.config.name == name) {
+                None => report.added.push(name),
+                Some(old) if old.config == *wanted => report.unchanged += 1,
+                Some(old) => {
+                    if !ports::same_session(&old.config, wanted) {
+                        report.reconnected.push(name.clone());
+                    }
+                    report.changed.push(name);
+                }
+            }
+        }
+        let names = self.ports.iter().map(|p| p.config.name.clone());
+        report.removed = names.filter(|name| config.port(name).is_none()).collect();
+        report
+    }
+
+    /// Opens those of `wanted` that do not run.
+    fn open_missing(&self, wanted: &[PortConfig]) -> Result<Vec<RunningPort>, StartError> {
+        let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.shared.number).collect();
+        let mut opened = Vec::new();
+        for port in wanted {
+            if self.ports.iter().all(|p| p.config.name != port.name) {
+                let number = free_number(&numbers);
+                opened.push(open(port, number, &self.events)?);
+                numbers.push(number);
+            }
+        }
+        Ok(opened)
+    }
+
+    /// After a change that failed: opens what was closed for it.
+    fn put_back(&mut self, closed: &[PortConfig]) {
+        for old in closed {
+            match self.open_missing(std::slice::from_ref(old)) {
+                Ok(port) => self.ports.extend(port),
+                Err(e) => tracing::error!("{e}; the port is closed until the next reload"),
+            }
+        }
+        if let Err(e) = self.shared.fdb.set_static(&ports::static_entries(&self.numbered())) {
+            tracing::error!("static addresses are not as they were: {e}");
+        }
+        self.republish();
     }
 
     fn check_restart(&self, new: &Config) -> Result<(), ApplyError> {

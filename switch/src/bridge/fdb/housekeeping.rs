@@ -142,9 +142,9 @@ impl Fdb {
                 return turn;
             }
             // Whoever has it needs less than a microsecond, unless it was preempted: sleep, in case it is we who keep it away.
-            #[cfg(not(loom))]
+            #[cfg(not(model_check))]
             std::thread::sleep(std::time::Duration::from_micros(50));
-            #[cfg(loom)]
+            #[cfg(model_check)]
             loom::thread::yield_now();
         }
     }

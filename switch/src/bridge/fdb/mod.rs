@@ -37,6 +37,10 @@
 mod entry;
 mod housekeeping;
 #[cfg(test)]
+#[cfg(model_check)]
+mod loom_model;
+#[cfg(test)]
+#[cfg(not(model_check))]
 mod tests;
 
 pub use entry::{Key, Value};
@@ -47,13 +51,13 @@ use crossbeam::utils::CachePadded;
 use entry::{CLAIMED, EMPTY};
 use std::hash::{BuildHasher, RandomState};
 
-#[cfg(loom)]
+#[cfg(model_check)]
 use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-#[cfg(not(loom))]
+#[cfg(not(model_check))]
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Entries in a bucket: 16 bytes each, one cache line together. The model checker gets buckets of one.
-const SLOTS: usize = if cfg!(loom) { 1 } else { 4 };
+const SLOTS: usize = if cfg!(model_check) { 1 } else { 4 };
 
 /// The most buckets that one address may be looked for in. With 8, one of 30,000 addresses finds no room in a table that
 /// is three quarters full, and is flooded for ever; with 16, none does.

@@ -163,16 +163,17 @@ impl Offload {
         Ok(())
     }
 
-    /// The same request for a frame whose bytes behind the Ethernet addresses moved by `by` (a VLAN tag pushed or popped).
+    /// The same request for a frame whose bytes behind the Ethernet addresses moved by `by` (a VLAN tag pushed or popped);
+    /// `None` if the checksum would then begin outside the frame.
     #[must_use]
-    pub fn moved(&self, by: i16) -> Self {
+    pub fn moved(&self, by: i16) -> Option<Self> {
         if self.is_none() {
-            return *self;
+            return Some(*self);
         }
         let start =
-            if self.needs_csum() { self.csum_start().wrapping_add_signed(by) } else { self.csum_start() };
-        let hdr_len = if self.hdr_len() != 0 { self.hdr_len().wrapping_add_signed(by) } else { 0 };
-        Self::new(self.flags(), self.gso_type(), hdr_len, self.gso_size(), start, self.csum_offset)
+            if self.needs_csum() { self.csum_start().checked_add_signed(by)? } else { self.csum_start() };
+        let hdr_len = if self.hdr_len() != 0 { self.hdr_len().saturating_add_signed(by) } else { 0 };
+        Some(Self::new(self.flags(), self.gso_type(), hdr_len, self.gso_size(), start, self.csum_offset))
     }
 }
 
@@ -199,10 +200,17 @@ mod tests {
     #[test]
     fn a_tag_moves_the_checksum_and_header_fields_and_nothing_else() {
         let o = Offload::new(1, 1, 54, 1448, 34, 16);
-        let m = o.moved(4);
+        let m = o.moved(4).unwrap();
         assert_eq!((m.hdr_len(), m.csum_start(), m.csum_offset, m.gso_size()), (58, 38, 16, 1448));
-        assert_eq!(m.moved(-4), o);
-        assert_eq!(Offload::NONE.moved(4), Offload::NONE);
+        assert_eq!(m.moved(-4), Some(o));
+        assert_eq!(Offload::NONE.moved(4), Some(Offload::NONE));
+    }
+
+    #[test]
+    fn a_checksum_that_would_begin_outside_the_frame_does_not_move_there() {
+        let at = |start| Offload::new(1, 0, 0, 0, start, 0);
+        assert_eq!((at(3).moved(-4), at(0xfffc).moved(4)), (None, None));
+        assert_eq!((at(4).moved(-4), at(0xfffb).moved(4)), (Some(at(0)), Some(at(0xffff))));
     }
 
     #[test]

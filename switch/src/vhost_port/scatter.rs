@@ -30,7 +30,8 @@ struct Outgoing<'b> {
 }
 
 impl<'b> Outgoing<'b> {
-    fn new(burst: &'b Burst<'_>, frame: &Frame, head: &Head, edit: TagEdit) -> Self {
+    /// `None` if the frame's checksum would begin outside the frame without its tag.
+    fn new(burst: &'b Burst<'_>, frame: &Frame, head: &Head, edit: TagEdit) -> Option<Self> {
         let len = frame.len as usize;
         let skip = len.min(HEAD);
         let mut out = Self {
@@ -52,7 +53,7 @@ impl<'b> Outgoing<'b> {
                 tag.copy_from_slice(&[0x81, 0x00, hi, lo]);
                 to_rest.copy_from_slice(rest);
                 (out.head_len, out.len) = (out.head_len + TAG, out.len + TAG);
-                out.offload = out.offload.moved(TAG as i16);
+                out.offload = out.offload.moved(TAG as i16)?;
             }
             // The pipeline only pops a tag that it saw; a frame too short to have one is left alone.
             TagEdit::Pop if skip >= TAG_AT + TAG => {
@@ -60,7 +61,7 @@ impl<'b> Outgoing<'b> {
                 let (to_behind, _) = to_rest.split_at_mut(behind.len());
                 to_behind.copy_from_slice(behind);
                 (out.head_len, out.len) = (out.head_len - TAG, out.len - TAG);
-                out.offload = out.offload.moved(-(TAG as i16));
+                out.offload = out.offload.moved(-(TAG as i16))?;
             }
             TagEdit::SetVid(vid) => {
                 to_rest[..rest.len()].copy_from_slice(rest);
@@ -71,7 +72,7 @@ impl<'b> Outgoing<'b> {
             }
             TagEdit::Keep | TagEdit::Pop => to_rest[..rest.len()].copy_from_slice(rest),
         }
-        out
+        Some(out)
     }
 
     /// The frame's bytes as pieces of memory, in order.
@@ -113,7 +114,8 @@ impl Receiver<'_> {
         edit: TagEdit,
         scratch: &mut Scratch,
     ) -> Result<u32, Refusal> {
-        let out = Outgoing::new(burst, frame, head, edit);
+        let bad_offload = Refusal::Drop(DropReason::BadOffload);
+        let out = Outgoing::new(burst, frame, head, edit).ok_or(bad_offload)?;
         match self.accepts.work(&out.offload) {
             Work::Nothing => {
                 self.write(ring, out.offload, out.len, out.pieces())?;

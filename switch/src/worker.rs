@@ -136,6 +136,16 @@ impl Worker {
     }
 }
 
+#[cfg(test)]
+impl Worker {
+    /// One turn, after which the worker keeps nothing: a test changes rings on the same thread.
+    pub(crate) fn turn(&mut self) -> usize {
+        let frames = turn(&self.plan, self.shared.index, self.clock, &mut self.tools);
+        leave_all(&self.plan, self.shared.index, &mut self.tools.owner);
+        frames
+    }
+}
+
 /// Gives up every queue that the worker polls under `plan`.
 fn leave_all(plan: &Plan, index: usize, owner: &mut Owner) {
     for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {

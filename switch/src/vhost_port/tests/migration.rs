@@ -1,0 +1,128 @@
+//! A guest moves away while frames flow, and a switch dies in the middle and another goes on.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use vhost_user::Device;
+use virtio::device::Layout;
+use virtio::memory::DirtyLog;
+use virtio::net::NetHeader;
+
+use super::super::VhostPort;
+use super::guest::{GUEST, Guest, Kind, all_kinds};
+use super::packets::frame;
+use super::world::World;
+use crate::bridge::PortPlan;
+use crate::events::Events;
+
+/// A log of the whole guest, and a look at it.
+fn log(bytes: usize) -> (Arc<DirtyLog>, impl Fn() -> BTreeSet<u64>) {
+    let len = (GUEST as usize + bytes) / 4096 / 8 + 1;
+    let base = Box::leak(vec![0u8; len].into_boxed_slice()).as_mut_ptr();
+    // SAFETY: leaked, so that it lives for ever.
+    let log = Arc::new(unsafe { DirtyLog::new(base, len, Box::new(())) });
+    let marked = move || {
+        // SAFETY: as above; nobody writes while the test looks.
+        let byte = |i: u64| unsafe { base.add(i as usize).read_volatile() };
+        (0..8 * len as u64).filter(|page| byte(page / 8) >> (page % 8) & 1 == 1).collect()
+    };
+    (log, marked)
+}
+
+/// Pages that differ between two looks at a guest's memory.
+fn changed(before: &[u8], after: &[u8]) -> BTreeSet<u64> {
+    let pages = before.chunks(4096).zip(after.chunks(4096)).enumerate();
+    pages.filter(|(_, (a, b))| a != b).map(|(i, _)| GUEST / 4096 + i as u64).collect()
+}
+
+#[test]
+fn every_page_that_is_written_while_a_guest_migrates_is_marked_and_no_other() {
+    for kind in all_kinds() {
+        for (buffer, len) in [(1600, 1514), (1600, 100), (1526, 9000)] {
+            let mut world = World::of(&[kind, kind]);
+            world.guests[1].offer_all(buffer);
+            (0..5).for_each(|i| world.guests[0].send(&frame(0, 1, len, i)));
+            let mut looks = Vec::new();
+            for guest in &mut world.guests {
+                let before = guest.snapshot();
+                let (log, marked) = log(before.len());
+                let rings: Vec<_> = guest.rx.iter().chain(&guest.tx).map(|q| (q.index, q.areas)).collect();
+                for (index, areas) in &rings {
+                    guest.device.set_log(*index, Some(log.clone()), Some(areas[2].guest));
+                }
+                let pages: BTreeSet<u64> = guest.pages_of_buffers(buffer).collect();
+                looks.push((before, marked, rings, pages));
+            }
+            world.settle();
+            for (i, (before, marked, rings, buffers)) in looks.into_iter().enumerate() {
+                let (changed, marked) = (changed(&before, &world.guests[i].snapshot()), marked());
+                // Where the position is kept across a crash is no guest memory; here it only lies there.
+                let kept = world.guests[i].inflight_pages();
+                let changed: BTreeSet<u64> = changed.difference(&kept).copied().collect();
+                assert!(
+                    !changed.is_empty() && changed.is_subset(&marked),
+                    "{kind:?} {len}: {changed:x?} {marked:x?}"
+                );
+                // The used ring's page is marked even where the bytes stay as they were.
+                let used = |index: &u16, area: usize| {
+                    rings.iter().find(|r| r.0 == *index).map(|r| r.1[area].guest / 4096)
+                };
+                let ring = if i == 0 { 1 } else { 0 };
+                let mut allowed = changed;
+                allowed.extend(used(&ring, 2));
+                assert!(marked.is_subset(&allowed), "{kind:?} {len}: {marked:x?} but not {allowed:x?}");
+                assert!(i == 1 || marked.is_disjoint(&buffers), "a sender's buffers were marked");
+            }
+            let got = world.guests[1].received();
+            assert!((0..5).zip(&got).all(|(i, r)| r.bytes == frame(0, 1, len, i)) && got.len() == 5);
+        }
+    }
+}
+
+/// Guests on a switch that was just started.
+fn start(guests: Vec<Guest>) -> World {
+    let (sender, events) = Events::channel(64);
+    let mut moved: Vec<_> = (0..)
+        .zip(guests)
+        .map(|(number, guest)| guest.moved_to(VhostPort::new(number, "vnf", 1, sender.clone())))
+        .collect();
+    // What a front end remembers of a split ring may be wrong; of a packed one it knows nothing.
+    let base = |kind: Kind| (kind.layout == Layout::Split).then_some(0);
+    moved.iter_mut().for_each(|guest| guest.start(base(guest.kind)));
+    let plans = vec![PortPlan::default(); moved.len()];
+    World::of_guests(moved, plans, events)
+}
+
+#[test]
+fn a_switch_that_takes_over_from_one_that_was_killed_loses_and_repeats_nothing() {
+    for kind in all_kinds() {
+        let kind = Kind { size: 128, slot: 1_700, ..kind };
+        let mut world = World::of(&[kind, kind]);
+        let (mut sent, mut got) = (0, 0);
+        for round in 0..40 {
+            world.guests[1].offer_all(1600);
+            for _ in 0..5 + round % 7 {
+                world.guests[0].send_as(0, NetHeader::PLAIN, &frame(0, 1, 300, sent), &[12], round % 3 == 0);
+                sent += 1;
+            }
+            if round % 4 != 1 {
+                world.turn();
+            }
+            if round % 4 != 2 {
+                world.guests[0].reclaim_sent();
+            }
+            for r in world.guests[1].received() {
+                assert!(r.bytes == frame(0, 1, 300, got), "{kind:?}: frame {got} in round {round}");
+                got += 1;
+            }
+            if round % 2 == 1 {
+                // No ring is stopped: what the old switch held is gone with it.
+                world = start(world.guests);
+            }
+            world.turn();
+        }
+        world.settle();
+        got += world.guests[1].received().len() as u32;
+        assert_eq!(got, sent, "{kind:?}");
+    }
+}

@@ -1,0 +1,12 @@
+//! The switch's data path in one process: guests with real rings, a real bridge, a worker that is stepped by the test.
+
+mod broken;
+mod buffers;
+mod frames;
+mod guest;
+mod migration;
+mod mix;
+mod offloads;
+mod packets;
+mod tags;
+mod world;

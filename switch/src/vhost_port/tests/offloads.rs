@@ -1,0 +1,121 @@
+//! What a sender left undone reaches those who take it so, and is done for those who do not.
+
+use port::DropReason;
+use virtio::features as f;
+use virtio::net::{GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NetHeader};
+
+use super::guest::all_kinds;
+use super::packets::{Over, unfinished, verified};
+use super::world::World;
+
+const EVERYTHING: u64 =
+    f::NET_GUEST_CSUM | f::NET_GUEST_TSO4 | f::NET_GUEST_TSO6 | f::NET_GUEST_USO4 | f::NET_GUEST_USO6;
+
+const ALL: [(Over, u8); 4] =
+    [(Over::TCP4, GSO_TCPV4), (Over::TCP6, GSO_TCPV6), (Over::UDP4, GSO_UDP_L4), (Over::UDP6, GSO_UDP_L4)];
+
+fn header(over: Over, gso: u8, size: u16) -> NetHeader {
+    let at = 14 + over.network();
+    let header = NetHeader::PLAIN.with_checksum(at as u16, over.checksum() as u16);
+    if gso == GSO_NONE { header } else { header.with_gso(gso, (at + over.transport()) as u16, size) }
+}
+
+fn payload(len: usize) -> Vec<u8> {
+    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
+}
+
+/// Descriptors that cut the headers in unlucky places, or not at all.
+const CUTS: [&[usize]; 3] = [&[], &[12, 14, 20], &[10, 30, 1, 33, 700]];
+
+#[test]
+fn a_guest_that_takes_frames_unfinished_gets_them_as_they_were_sent() {
+    for kind in all_kinds() {
+        let mut world = World::of(&[kind, kind.with(EVERYTHING)]);
+        for (over, gso) in ALL {
+            for (gso, len) in [(GSO_NONE, 1000), (gso, 8_000)] {
+                for cuts in CUTS {
+                    let (net, sent) = (header(over, gso, 1400), unfinished(over, 1, &payload(len)));
+                    world.guests[1].offer_buffer(0, &[9_000], false);
+                    world.guests[0].send_as(0, net, &sent, cuts, false);
+                    world.settle();
+                    let got = world.guests[1].received();
+                    assert_eq!(got[0].header, net.with_num_buffers(1), "{kind:?} {over:?}");
+                    assert!(got[0].bytes == sent, "{kind:?} {over:?}");
+                    world.guests[0].reclaim_sent();
+                }
+            }
+        }
+        world.assert_conserved();
+    }
+}
+
+#[test]
+fn checksums_are_filled_in_for_a_guest_that_takes_none_unfinished() {
+    for kind in all_kinds() {
+        let mut world = World::of(&[kind, kind]);
+        for (over, _) in ALL {
+            for len in [0, 1, 2, 9, 63, 64, 1000, 1431] {
+                for cuts in CUTS {
+                    let sent = unfinished(over, 2, &payload(len));
+                    world.guests[1].offer_buffer(0, &[1600], false);
+                    world.guests[0].send_as(0, header(over, GSO_NONE, 0), &sent, cuts, false);
+                    world.settle();
+                    let got = world.guests[1].received();
+                    assert_eq!(got[0].header, NetHeader::PLAIN.with_num_buffers(1));
+                    assert!(verified(over, &got[0].bytes) == payload(len), "{kind:?} {over:?} {len}");
+                    world.guests[0].reclaim_sent();
+                }
+            }
+        }
+        world.assert_conserved();
+    }
+}
+
+#[test]
+fn frames_are_cut_for_a_guest_that_takes_none_unsegmented() {
+    for kind in all_kinds() {
+        for receiver in [kind, kind.with(f::NET_GUEST_CSUM), kind.without(f::NET_MRG_RXBUF)] {
+            let mut world = World::of(&[kind, receiver]);
+            for (over, gso) in ALL {
+                for (len, size) in [(8_000, 1400), (2_801, 1400), (1_000, 37)] {
+                    world.guests[1].offer_all(1600);
+                    let sent = unfinished(over, 3, &payload(len));
+                    world.guests[0].send_as(0, header(over, gso, size), &sent, CUTS[len % 3], false);
+                    world.settle();
+                    let got = world.guests[1].received();
+                    assert_eq!(got.len(), len.div_ceil(size.into()), "{kind:?} {over:?}");
+                    let mut whole = Vec::new();
+                    for part in got {
+                        assert_eq!(part.header, NetHeader::PLAIN.with_num_buffers(1));
+                        let data = verified(over, &part.bytes);
+                        assert!(data.len() <= size.into());
+                        whole.extend(data);
+                    }
+                    assert!(whole == payload(len), "{kind:?} {over:?} {len} by {size}");
+                    world.guests[0].reclaim_sent();
+                }
+            }
+            world.assert_conserved();
+            let segments = world.guests[1].port.tx[0].counters.segments.get();
+            assert_eq!(segments, 4 * (6 + 3 + 28));
+        }
+    }
+}
+
+#[test]
+fn a_burst_has_a_budget_of_segments_and_the_next_burst_another() {
+    for kind in all_kinds() {
+        let mut world = World::of(&[kind, kind]);
+        let (greedy, modest) = (header(Over::UDP4, GSO_UDP_L4, 1), header(Over::UDP4, GSO_UDP_L4, 400));
+        for round in 1..=3 {
+            world.guests[1].offer_all(1600);
+            world.guests[0].send_as(0, greedy, &unfinished(Over::UDP4, 4, &payload(2000)), &[], false);
+            world.guests[0].send_as(0, modest, &unfinished(Over::UDP4, 4, &payload(2000)), &[], false);
+            world.settle();
+            assert_eq!(world.dropped_to(1), [(DropReason::SegmentBudget, round)], "{kind:?}");
+            assert_eq!(world.guests[1].received().len(), 5);
+            world.guests[0].reclaim_sent();
+        }
+        world.assert_conserved();
+    }
+}

@@ -1,6 +1,8 @@
 //! A worker never allocates once it runs: a million frames of all the shapes that take the long way too, under an allocator
 //! that counts what the worker's thread asks of it.
 
+#![allow(clippy::unwrap_used)]
+
 use std::alloc::{GlobalAlloc, Layout as Bytes, System};
 use std::cell::Cell;
 use std::sync::Arc;

@@ -6,5 +6,6 @@
 pub mod cpu;
 pub mod fault;
 pub mod memory;
+pub mod signal;
 pub mod thread;
 pub mod topology;

@@ -129,6 +129,12 @@ const BOTH: &[c_long] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_read,
+    // Signal guests without ever waiting (host::signal).
+    libc::SYS_eventfd2,
+    libc::SYS_io_setup,
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
+    libc::SYS_io_destroy,
     // Sleep, wait, wake.
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -194,7 +200,6 @@ const HOUSEKEEPING: &[c_long] = &[
     libc::SYS_sendmmsg,
     libc::SYS_recvmmsg,
     // Descriptors.
-    libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,

@@ -12,7 +12,7 @@ mod tests;
 mod tx;
 mod view;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -60,11 +60,11 @@ impl RunningRing {
         self.enabled && !self.broken
     }
 
-    /// Notifies the driver. A full eventfd means that it was notified already.
+    /// Notifies the driver. Never waits, whatever the guest does to its eventfd.
     #[inline(always)]
     fn signal(&self) -> bool {
         let Some(call) = &self.call else { return false };
-        let _ = nix::unistd::write(call, &1u64.to_ne_bytes());
+        host::signal::signal(call.as_fd());
         true
     }
 
@@ -79,7 +79,7 @@ impl RunningRing {
         // Zero pages where the file was cut off look like any nonsense: name the cause, not the symptom.
         let error = if self.ring_memory_gone() { RingError::MemoryGone } else { error };
         if let Some(err) = &self.err {
-            let _ = nix::unistd::write(err, &1u64.to_ne_bytes());
+            host::signal::signal(err.as_fd());
         }
         port.broken.store(true, Ordering::Release);
         port.events.send(Event::RingBroken { port: port.number, queue, error });

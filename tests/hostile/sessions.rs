@@ -1,0 +1,124 @@
+//! Connections that come, go, stall and push in.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use vhost::vhost_user::message::FrontendReq as M;
+
+use crate::guest::*;
+use crate::raw::*;
+use crate::world::World;
+
+#[test]
+fn a_second_client_on_a_socket_in_use_is_closed_and_the_first_undisturbed() {
+    let mut world = World::new();
+    let mut guest = Guest::up(&world.socket("h0"), FEATURES);
+    for _ in 0..500 {
+        let mut second = Raw::new(UnixStream::connect(world.socket("h0")).unwrap());
+        second.send(M::GET_FEATURES, 1, &[], &[]);
+        assert!(second.answer(M::GET_FEATURES).is_none());
+    }
+    guest.send(&frame(100));
+    drop(guest);
+    // Nor is anybody of the pair.
+    for port in ["g0", "g1"] {
+        let mut second = Raw::new(UnixStream::connect(world.socket(port)).unwrap());
+        assert!(second.is_closed());
+    }
+    world.wait_for_state("g0", "up");
+    world.unharmed();
+}
+
+#[test]
+fn storms_of_connections_and_half_messages_cost_nothing() {
+    let mut world = World::new();
+    let socket = world.socket("h0");
+    let message = Raw::bytes(M::SET_VRING_CALL.into(), 1, &wide(&[0]));
+    let event = event();
+    let storm = |times: usize| {
+        for length in (0..message.len()).cycle().take(times) {
+            drop(UnixStream::connect(&socket).unwrap());
+            let mut raw = Raw::new(UnixStream::connect(&socket).unwrap());
+            raw.send_bytes(&message[..length], &[event.as_fd()]);
+        }
+    };
+    storm(500);
+    world.warmed_up();
+    storm(5_000);
+    drop(connected(&socket));
+    world.unharmed();
+}
+
+#[test]
+fn a_front_end_that_writes_byte_by_byte_or_stops_halfway_delays_only_itself() {
+    let mut world = World::new();
+    let mut slow = connected(&world.socket("h0"));
+    let mut stuck = connected(&world.socket("h1"));
+    stuck.stream.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    for byte in Raw::bytes(M::GET_FEATURES.into(), 1, &[]) {
+        slow.stream.write_all(&[byte]).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(slow.answer(M::GET_FEATURES).is_some());
+    // Control answers meanwhile, and other sessions begin and end.
+    world.wait_for_state("h1", "connected");
+    stuck.stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    assert!(stuck.is_closed(), "half a message is not waited for for ever");
+    world.wait_for_reason("h1", "unfinished");
+    drop((slow, stuck));
+    world.unharmed();
+}
+
+#[test]
+fn a_front_end_that_reads_no_answers_holds_up_only_itself() {
+    let mut world = World::new();
+    let mut raw = connected(&world.socket("h0"));
+    let ask = Raw::bytes(M::GET_FEATURES.into(), 1, &[]);
+    raw.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    while raw.stream.write_all(&ask).is_ok() {}
+    world.wait_for_state("h0", "connected");
+    let mut other = Guest::up(&world.socket("h1"), FEATURES);
+    other.send(&frame(100));
+    drop((raw, other));
+    world.wait_for_state("h0", "listening");
+    world.unharmed();
+}
+
+#[test]
+fn a_front_end_that_vanishes_in_the_middle_of_a_burst_costs_only_its_own_frames() {
+    let mut world = World::new();
+    let attack = |world: &World| {
+        for layout in LAYOUTS {
+            let mut guest = Guest::up(&world.socket("h0"), layout);
+            let mut sender = Guest::up(&world.socket("h1"), layout);
+            guest.post(64, 2048);
+            for _ in 0..64 {
+                let desc = sender.place_frame(&frame(1_000));
+                sender.offer(1, &[desc]);
+                let desc = guest.place_frame(&frame(1_000));
+                guest.offer(1, &[desc]);
+            }
+            // Memory goes with the process: emptied as by the kernel, the connections cut.
+            nix::unistd::ftruncate(&guest.memory.file, 0).unwrap();
+        }
+    };
+    attack(&world);
+    world.wait_for_state("h0", "listening");
+    world.warmed_up();
+    (0..50).for_each(|_| attack(&world));
+    world.unharmed();
+}
+
+#[test]
+fn what_is_no_vhost_user_message_ends_the_session_with_a_reason() {
+    let mut world = World::new();
+    for bytes in [&b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"[..], &[0; 64], &[0xff; 64]] {
+        let mut raw = connected(&world.socket("h0"));
+        raw.send_bytes(bytes, &[]);
+        assert!(raw.is_closed());
+        world.wait_for_reason("h0", "no vhost-user message");
+    }
+    world.unharmed();
+}

@@ -18,7 +18,7 @@ fn lookups(c: &mut Criterion) {
     let mut group = c.benchmark_group("lookup, a burst of 32 addresses");
     group.throughput(Throughput::Elements(BURST as u64));
     for addresses in [2u32, 1_000, 100_000] {
-        let fdb = Fdb::new((addresses as usize * 4).next_power_of_two().max(64)).expect("a power of two");
+        let fdb = Fdb::new((addresses as usize * 4).next_power_of_two().max(1024)).expect("a power of two");
         for i in 0..addresses {
             fdb.learn(key(i), fdb.home(key(i)), (i % 2) as u16, u32::MAX, 1);
         }

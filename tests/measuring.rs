@@ -1,0 +1,135 @@
+//! The measuring commands as a user meets them: short runs, on whatever cores this machine has. What they measure here means
+//! nothing (other tests run beside them); that nothing is lost and everything is said does.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
+
+use std::fs;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const CABLEWAY: &str = env!("CARGO_BIN_EXE_cableway");
+
+fn run(args: &[&str]) -> Output {
+    Command::new(CABLEWAY).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"))
+}
+
+/// A learning bridge on the last core that we may use, which sleeps when it has nothing to do.
+fn configuration() -> tempfile::NamedTempFile {
+    let core = host::topology::permitted_cores().unwrap().iter().last().unwrap();
+    let port = |n: u8| format!("[[port]]\nname = \"v{n}\"\nkind = \"vhost-user\"\nsocket = \"v{n}.sock\"\n");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let head = format!("[switch]\nworkers = [{core}]\nidle = \"sleep\"\n");
+    fs::write(file.path(), head + &port(0) + &port(1)).unwrap();
+    file
+}
+
+#[test]
+fn the_demo_loses_nothing_and_ends_with_the_table() {
+    for ring in ["split", "packed"] {
+        let output = run(&["demo", "--seconds", "1", "--ring", ring]);
+        let shown = text(&output.stdout);
+        assert!(output.status.success(), "{output:?}");
+        for part in [
+            "frames delivered",
+            "cycles a frame",
+            "lost       0\n",
+            "corrupt    0\n",
+            "p99.9",
+            "max",
+            "samples",
+        ] {
+            assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
+        }
+    }
+}
+
+#[test]
+fn the_demo_carries_frames_of_every_size_and_says_it_in_json() {
+    for size in ["65", "1518", "9216"] {
+        let found = json(&run(&["demo", "--seconds", "1", "--size", size, "--json"]));
+        assert!(found["delivered"].as_u64().unwrap() > 100, "{found}");
+        assert_eq!(
+            (&found["lost"], &found["corrupt"], &found["duplicates"]),
+            (&0.into(), &0.into(), &0.into())
+        );
+    }
+}
+
+#[test]
+fn an_interrupted_demo_ends_at_once_with_the_table_so_far() {
+    let child = Command::new(CABLEWAY)
+        .args(["demo", "--seconds", "600"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(2_500));
+    let asked = Instant::now();
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(asked.elapsed() < Duration::from_secs(5));
+    assert!(text(&output.stdout).contains("seconds, interrupted"), "{output:?}");
+    assert!(output.status.success());
+}
+
+#[test]
+fn bench_vv_measures_a_configuration_and_writes_a_report() {
+    let (file, dir) = (configuration(), tempfile::tempdir().unwrap());
+    let path = file.path().to_str().unwrap();
+    let report = dir.path().join("report");
+    let output = run(&[
+        "bench",
+        "vv",
+        path,
+        "--quick",
+        "--json",
+        "--sizes",
+        "64,1500",
+        "--seconds",
+        "0.3",
+        "--addresses",
+        "500",
+        "--report",
+        report.to_str().unwrap(),
+    ]);
+    assert!(output.status.success(), "{output:?}");
+    let found = json(&output);
+    assert_eq!(found["results"].as_array().unwrap().len(), 2);
+    for result in found["results"].as_array().unwrap() {
+        let closed_loop = &result["closed_loop"];
+        assert_eq!((&closed_loop["lost"], &closed_loop["corrupt"]), (&0.into(), &0.into()), "{result}");
+        assert!(closed_loop["worker_cycles"].as_f64().unwrap() > 1.0, "{result}");
+    }
+    assert!(fs::read_to_string(report.join("report.html")).unwrap().contains("<svg"));
+    assert_eq!(
+        serde_json::from_slice::<Value>(&fs::read(report.join("report.json")).unwrap()).unwrap(),
+        found
+    );
+}
+
+#[test]
+fn wrong_arguments_are_refused_with_status_2_before_anything_starts() {
+    for (args, says) in [
+        (vec!["bench", "vv"], "--socket"),
+        (vec!["bench", "vv", "--socket", "/tmp/a"], "give --socket twice"),
+        (vec!["bench", "vv", "x.toml", "--sizes", "63"], "64 to 9216"),
+        (vec!["bench", "vv", "no-such-file.toml"], "there is no such file"),
+        (vec!["demo", "--ring", "round"], "split or packed"),
+        (vec!["demo", "--size", "60"], "64"),
+    ] {
+        let output = run(&args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        assert!(text(&output.stderr).contains(says), "{args:?}: {output:?}");
+    }
+}

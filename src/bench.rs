@@ -40,7 +40,7 @@ pub(crate) enum BenchCommand {
 #[derive(clap::Args, Debug)]
 pub(crate) struct VvArgs {
     /// Starts our switch with this configuration and measures its first two ports in server mode.
-    #[arg(required_unless_present = "socket", conflicts_with = "socket")]
+    #[arg(conflicts_with = "socket")]
     file: Option<PathBuf>,
     /// The socket of a port of any switch that runs already; give it twice.
     #[arg(long, num_args = 1, value_name = "PATH")]
@@ -119,7 +119,9 @@ pub(crate) fn run(command: BenchCommand) -> anyhow::Result<ExitCode> {
 impl VvArgs {
     fn check(&self) -> anyhow::Result<()> {
         if self.file.is_none() && self.socket.len() != 2 {
-            bail!("give --socket twice: a measurement needs two ports");
+            bail!(
+                "give the configuration FILE of a switch to start, or --socket twice: a measurement needs two ports"
+            );
         }
         if let Some(size) = self.sizes.iter().find(|s| !(SMALLEST..=LARGEST).contains(*s)) {
             bail!("frames of {size} bytes: sizes are without FCS, {SMALLEST} to {LARGEST}");

@@ -121,8 +121,8 @@ fn bench_vv_measures_a_configuration_and_writes_a_report() {
 #[test]
 fn wrong_arguments_are_refused_with_status_2_before_anything_starts() {
     for (args, says) in [
-        (vec!["bench", "vv"], "--socket"),
-        (vec!["bench", "vv", "--socket", "/tmp/a"], "give --socket twice"),
+        (vec!["bench", "vv"], "FILE of a switch to start, or --socket twice"),
+        (vec!["bench", "vv", "--socket", "/tmp/a"], "--socket twice"),
         (vec!["bench", "vv", "x.toml", "--sizes", "63"], "64 to 9216"),
         (vec!["bench", "vv", "no-such-file.toml"], "there is no such file"),
         (vec!["demo", "--ring", "round"], "split or packed"),

@@ -114,13 +114,18 @@ impl QueuePair {
 
     /// Starts both rings anew, as a device that was reset wants them. What the back end had is lost, and counted.
     pub(super) fn reset(&mut self, negotiated: u64) -> Result<(), SetupError> {
+        if self.fault.is_none() {
+            self.reclaim();
+        }
         let (receive, transmit) = rings(&self.memory, self.index, negotiated)?;
-        let pool = &mut self.pool;
+        let (pool, next) = (&mut self.pool, &mut self.next);
         std::mem::replace(&mut self.receive, receive).abandon(|index| pool.push(index));
-        let before = pool.len();
-        let next = &mut self.next;
-        std::mem::replace(&mut self.transmit, transmit).abandon(|token| recycle(pool, next, token));
-        self.counters.abandoned += (pool.len() - before) as u64;
+        let mut lost = 0;
+        std::mem::replace(&mut self.transmit, transmit).abandon(|token| {
+            recycle(pool, next, token);
+            lost += 1;
+        });
+        self.counters.abandoned += lost;
         pool.extend(self.partial.drain(..).map(|b| b.index));
         self.header_len = header_len(negotiated) as u16;
         self.mergeable = negotiated & features::NET_MRG_RXBUF != 0;

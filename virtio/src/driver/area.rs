@@ -3,13 +3,15 @@
 //! The device at the other end is another process that may write anything at any time, so no reference to the bytes
 //! is ever made and no value is read twice by this module. Under `cfg(loom)` the same operations go to cells that loom watches.
 
-pub(super) use imp::Area;
+pub(super) use imp::{Area, full_fence};
 
 #[cfg(not(loom))]
 mod imp {
     use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
     use crate::memory::HostRange;
+
+    pub(in crate::driver) use crate::memory::copy::full_fence;
 
     /// One of the areas of a ring.
     pub(in crate::driver) struct Area {
@@ -87,7 +89,11 @@ mod imp {
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
-    use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+    use loom::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+    pub(in crate::driver) fn full_fence() {
+        fence(Ordering::SeqCst);
+    }
 
     enum Cell {
         Two(AtomicU16),

@@ -8,11 +8,11 @@ use std::any::Any;
 use std::sync::Arc;
 
 #[cfg(loom)]
-use loom::sync::atomic::{Ordering, fence};
+use loom::sync::atomic::Ordering;
 #[cfg(not(loom))]
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
-use super::area::Area;
+use super::area::{Area, full_fence};
 use super::split::{chain_len, total};
 use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, event_due, word};
 use crate::device::Direction;
@@ -287,7 +287,7 @@ impl PackedDriver {
         self.shared.set_word(at, word);
         let added = std::mem::take(&mut self.unpublished);
         // The descriptors before the question whether the device sleeps: it publishes its wish, then looks at the ring.
-        fence(Ordering::SeqCst);
+        full_fence();
         let (off_wrap, flags) = self.shared.device_event();
         if !self.event_idx || flags != EVENT_AT {
             return flags != EVENT_DISABLE;
@@ -398,7 +398,7 @@ impl PackedDriver {
     pub fn request_notification(&mut self) -> bool {
         let flags = if self.event_idx { EVENT_AT } else { EVENT_ENABLE };
         self.shared.set_driver_event(self.used.bits(), flags);
-        fence(Ordering::SeqCst);
+        full_fence();
         self.is_ready()
     }
 

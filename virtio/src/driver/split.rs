@@ -7,11 +7,11 @@ use std::any::Any;
 use std::sync::Arc;
 
 #[cfg(loom)]
-use loom::sync::atomic::{Ordering, fence};
+use loom::sync::atomic::Ordering;
 #[cfg(not(loom))]
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
-use super::area::Area;
+use super::area::{Area, full_fence};
 use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, event_due, word};
 use crate::device::Direction;
 use crate::features;
@@ -268,7 +268,7 @@ impl SplitDriver {
         let old = std::mem::replace(&mut self.published, self.avail);
         self.shared.set_avail_index(self.avail);
         // The index before the question whether the device sleeps: it publishes its wish, then looks at the index.
-        fence(Ordering::SeqCst);
+        full_fence();
         if self.event_idx {
             event_due(self.shared.avail_event(), self.avail, old)
         } else {
@@ -407,7 +407,7 @@ impl SplitDriver {
         } else {
             self.shared.set_avail_flags(0);
         }
-        fence(Ordering::SeqCst);
+        full_fence();
         self.is_ready()
     }
 

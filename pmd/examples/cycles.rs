@@ -1,16 +1,17 @@
 //! What the driver costs: cycles for each frame that is received and transmitted again, over one or more sockets.
 //!
 //! ```text
-//! cycles [--packed] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET...
+//! cycles [--packed] [--listen] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET...
 //! ```
 //! Put a back end behind the sockets that hands on what comes in (DPDK: `testpmd --forward-mode=io` with two `net_vhost`
-//! ports). N frames circulate from each port; counted are the cycles of polls that moved a frame.
+//! ports, or a switch that learns addresses with `--macs`, which turns each frame around). N frames circulate from each port;
+//! counted are the cycles of polls that moved a frame.
 
 use std::arch::x86_64::_rdtsc;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use pmd::virtio_user::{Buffer, Options, VirtioUser};
+use pmd::virtio_user::{Buffer, Options, SocketMode, VirtioUser};
 use virtio::device::Layout;
 
 const BURST: usize = 32;
@@ -28,7 +29,7 @@ fn arguments() -> Option<Arguments> {
     let mut a = Arguments {
         options: Options::default(),
         macs: false,
-        size: 64,
+        size: 64, // at least 14
         in_flight: 128,
         seconds: 3,
         sockets: Vec::new(),
@@ -38,6 +39,7 @@ fn arguments() -> Option<Arguments> {
         let mut number = || words.next()?.parse::<u64>().ok();
         match word.as_str() {
             "--packed" => a.options.layout = Layout::Packed,
+            "--listen" => a.options.mode = SocketMode::Listen,
             "--macs" => a.macs = true,
             "--size" => a.size = number()? as usize,
             "--in-flight" => a.in_flight = number()? as usize,
@@ -58,7 +60,7 @@ fn cycles() -> u64 {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let Some(a) = arguments() else {
         return Err(
-            "cycles [--packed] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET..."
+            "cycles [--packed] [--listen] [--macs] [--size BYTES] [--in-flight N] [--rings N] [--seconds S] SOCKET..."
                 .into(),
         );
     };
@@ -67,15 +69,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         devices.push(VirtioUser::open(socket, a.options.clone())?);
     }
     eprintln!("features {:#x}, {}", devices[0].features(), devices[0].pages());
-    let frame: Vec<u8> = (0..a.size).map(|i| [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 8][i % 13]).collect();
     let mut held: Vec<Vec<Buffer>> = Vec::new();
-    for device in &mut devices {
+    for (i, device) in (0u8..).zip(&mut devices) {
         let pair = &mut device.queue_pairs()[0];
+        let mut frame = vec![0; a.size.max(14)];
+        frame[..13].copy_from_slice(&[2, 0, 0, 0, 0, i ^ 1, 2, 0, 0, 0, 0, i, 8]);
         let mut frames = Vec::with_capacity(4096);
         for _ in 0..a.in_flight {
             let mut b = pair.allocate().ok_or("too few buffers")?;
             pair.write(&mut b, 0, &frame);
-            pair.set_len(&mut b, a.size);
+            pair.set_len(&mut b, frame.len());
             frames.push(b);
         }
         pair.transmit(&mut frames);

@@ -112,6 +112,8 @@ pub enum OpenError {
     Buffers { buffers: u32, queue_pairs: u16, queue_size: u16, least: u32 },
     #[error("buffers of {0} bytes: give 192 to 65535, of which 64 lie before the frame")]
     BufferSize(u32),
+    #[error("this process has opened 65535 devices already, and cannot tell more apart; start it again")]
+    Devices,
     #[error("cannot make the device's memory: {0}")]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -175,7 +177,10 @@ impl VirtioUser {
         let plan = Plan { layout, queue_size, queue_pairs, buffers, buffer_size };
         let memory = DeviceMemory::new(plan, options.pages)?;
         let session = Session::begin(&meeting, &options)?;
-        let owner = DEVICES.fetch_add(1, Ordering::Relaxed);
+        // No number is used twice, or a buffer of one device could be taken for another's.
+        let owner = DEVICES
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1))
+            .map_err(|_| OpenError::Devices)?;
         let each = buffers / u32::from(queue_pairs);
         let mut pairs = Vec::with_capacity(usize::from(queue_pairs));
         for i in 0..queue_pairs {

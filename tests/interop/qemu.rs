@@ -1,6 +1,6 @@
 //! Two Linux guests of QEMU on two ports: pings, TCP with and without offloads, a switch that dies under them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::guest::{Guest, GuestOptions};
 use crate::switch::Switch;
@@ -50,6 +50,30 @@ fn a_tcp_connection_survives_a_switch_that_is_killed_and_restarted() {
     one.run("wait $sender");
     assert_eq!(received(&mut two), checksum(&mut one, "slow"), "what arrived is not what was sent");
     assert!(uptime(&mut one) > boots[0] && uptime(&mut two) > boots[1], "a guest was rebooted");
+}
+
+#[test]
+#[ignore = "needs QEMU and a guest image: ./check qemu"]
+fn packed_rings_of_a_killed_switch_stop_with_a_reason_until_the_guests_reset_their_cards() {
+    let mut switch = Switch::for_guests(2);
+    let [mut one, mut two] = guests(&switch, ["packed=on", "packed=on"]);
+    ping(&mut one, 2);
+
+    switch.crash_and_restart();
+
+    let end = Instant::now() + Duration::from_secs(10);
+    while !switch.log().contains("packed ring cannot be resumed") {
+        assert!(Instant::now() < end, "no reason given");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let (_, status) = one.attempt("ping -c 2 -i 0.2 -W 1 10.0.0.2", Duration::from_secs(20));
+    assert_ne!(status, 0, "positions were guessed");
+    for (number, guest) in [(1, &mut one), (2, &mut two)] {
+        let driver = "/sys/bus/virtio/drivers/virtio_net";
+        guest.run(&format!("echo virtio0 >{driver}/unbind; echo virtio0 >{driver}/bind"));
+        guest.run(&format!("ip link set eth0 up; ip addr add 10.0.0.{number}/24 dev eth0"));
+    }
+    ping(&mut one, 2);
 }
 
 /// Pings and TCP both ways between guests with offloads, then between one with and one without.

@@ -103,19 +103,23 @@ impl Worker {
             if self.plans.version() != self.version {
                 self.follow();
             }
-            let frames = turn(&self.plan, self.shared.index, self.clock, &mut self.tools);
-            let now = rdtsc();
+            let done = turn(&self.plan, self.shared.index, self.clock, &mut self.tools);
+            let mut now = rdtsc();
             let counters = &self.shared.counters;
             counters.turns.add(1);
-            if frames > 0 {
+            if done.bursts > 0 {
                 counters.busy.add(now - last);
-                counters.frames.add(frames as u64);
+                counters.frames.add(done.frames);
+                counters.bursts.add(done.bursts);
                 idle_since = now;
             } else {
                 counters.idle.add(now - last);
                 if self.plan.idle == Idle::Sleep && now - idle_since > patience {
                     sleep(&self.plan, &self.shared, &mut self.tools.owner);
+                    // What woke it is work; the time until then was not.
                     idle_since = rdtsc();
+                    counters.idle.add(idle_since - now);
+                    now = idle_since;
                 }
             }
             last = now;
@@ -140,7 +144,7 @@ impl Worker {
 impl Worker {
     /// One turn, after which the worker keeps nothing: a test changes rings on the same thread.
     pub(crate) fn turn(&mut self) -> usize {
-        let frames = turn(&self.plan, self.shared.index, self.clock, &mut self.tools);
+        let frames = turn(&self.plan, self.shared.index, self.clock, &mut self.tools).frames as usize;
         leave_all(&self.plan, self.shared.index, &mut self.tools.owner);
         frames
     }
@@ -159,14 +163,22 @@ pub(crate) fn clock_since(epoch: u64) -> Clock {
     Clock { cycles, seconds: (cycles.saturating_sub(epoch) / host::cpu::tsc_hz()) as u32 + 1 }
 }
 
-/// One look at every queue. Returns how many frames there were.
+/// What came in during a turn.
+struct Turn {
+    frames: u64,
+    bursts: u64,
+}
+
+/// One look at every queue.
 #[inline(always)]
-fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> usize {
-    let mut frames = 0;
+fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
+    let mut done = Turn { frames: 0, bursts: 0 };
     for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {
-        frames += poll(plan, queue, clock, tools);
+        let frames = poll(plan, queue, clock, tools);
+        done.frames += frames as u64;
+        done.bursts += u64::from(frames > 0);
     }
-    frames
+    done
 }
 
 /// One burst of one queue.

@@ -4,160 +4,18 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
+mod world;
+
 use std::fs;
-use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tempfile::TempDir;
-
-const CABLEWAY: &str = env!("CARGO_BIN_EXE_cableway");
-
-/// A core that these tests may use; the last one, as the first has most to do.
-fn core() -> u32 {
-    host::topology::permitted_cores().unwrap().iter().last().unwrap()
-}
-
-/// A directory with a configuration and an empty run directory.
-struct Place(TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("run")).unwrap();
-        Self(dir)
-    }
-
-    fn run_dir(&self) -> PathBuf {
-        self.0.path().join("run")
-    }
-
-    fn file(&self) -> PathBuf {
-        self.0.path().join("switch.toml")
-    }
-
-    /// Writes the configuration: `[switch]` on two lines, then `rest` from line 4 on.
-    fn write(&self, rest: &str) {
-        let text = format!("[switch]\nworkers = [{}]\nidle = \"sleep\"\n{rest}", core());
-        fs::write(self.file(), text).unwrap();
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.run_dir().join(format!("{name}.sock"))
-    }
-
-    /// What is in the run directory.
-    fn left_behind(&self) -> Vec<String> {
-        let names = fs::read_dir(self.run_dir()).unwrap().map(|entry| entry.unwrap().file_name());
-        names.map(|name| name.into_string().unwrap()).collect()
-    }
-
-    /// `cableway switch ARGS --run-dir …`, to its end.
-    fn ask(&self, args: &[&str]) -> Output {
-        Command::new(CABLEWAY).arg("switch").args(args).arg("--run-dir").arg(self.run_dir()).output().unwrap()
-    }
-
-    /// The JSON that `cableway switch ARGS --json` prints.
-    fn json(&self, args: &[&str]) -> Value {
-        let output = self.ask(&[args, &["--json"]].concat());
-        assert!(output.status.success(), "{output:?}");
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    /// The state of a port.
-    fn state(&self, port: &str) -> String {
-        let ports = self.json(&["ports"]);
-        let found = ports["ports"].as_array().unwrap().iter().find(|found| found["name"] == port);
-        found.unwrap()["state"].as_str().unwrap().to_owned()
-    }
-}
-
-/// Keys of a port that listens on its own name.
-fn port(name: &str) -> String {
-    format!("[[port]]\nname = \"{name}\"\nkind = \"vhost-user\"\nsocket = \"{name}.sock\"\n")
-}
-
-/// A running switch; killed when dropped.
-struct Running {
-    process: Child,
-    log: PathBuf,
-}
-
-impl Running {
-    fn start(place: &Place) -> Self {
-        Self::start_file(place, &place.file())
-    }
-
-    /// Starts the switch of `file` and waits until it says that it is ready.
-    fn start_file(place: &Place, file: &Path) -> Self {
-        let log = place.0.path().join("log");
-        let out = fs::File::create(&log).unwrap();
-        let mut command = Command::new(CABLEWAY);
-        command.arg("switch").arg(file).arg("--run-dir").arg(place.run_dir());
-        let process = command.stderr(out).stdin(Stdio::null()).spawn().unwrap();
-        let mut running = Self { process, log };
-        running.wait_for_log("ready in");
-        running
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn wait_for_log(&mut self, text: &str) {
-        let end = Instant::now() + Duration::from_secs(10);
-        while !self.log().contains(text) {
-            assert!(self.process.try_wait().unwrap().is_none(), "ended: {}", self.log());
-            assert!(Instant::now() < end, "{text:?} is not in {}", self.log());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(self.process.id().try_into().unwrap());
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-
-    /// Waits for its end; how long it took, and its exit status.
-    fn end(&mut self) -> (Duration, Option<i32>) {
-        let start = Instant::now();
-        let status = self.process.wait().unwrap();
-        (start.elapsed(), status.code())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// A connection to a port, as a VMM makes it.
-fn connect(place: &Place, port: &str) -> UnixStream {
-    let stream = UnixStream::connect(place.socket(port)).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    stream
-}
-
-fn is_closed(mut stream: &UnixStream) -> bool {
-    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    matches!(stream.read(&mut [0]), Ok(0))
-}
-
-/// Within some seconds.
-fn eventually(what: &str, mut happens: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(5);
-    while !happens() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
+use world::{CABLEWAY, Place, Running, connect, core, eventually, is_closed, port};
 
 #[test]
 fn every_mistake_in_a_file_is_one_message_with_its_line_and_starts_nothing() {
@@ -435,6 +293,50 @@ fn answers_have_the_fields_that_the_description_names_and_tables_show_them() {
     assert!(shown("stats").contains("0 received + 0 copies for flooding = 0 sent + 0 dropped"));
     assert!(shown("ports").contains("1500"));
     assert!(shown("fdb").contains("02:00:00:00:00:0b") && shown("fdb").contains("static"));
+}
+
+#[test]
+fn counters_account_for_every_frame_and_every_cycle() {
+    let permitted = host::topology::permitted_cores().unwrap();
+    if permitted.len() < 2 {
+        eprintln!("skipped: the worker and the generator need a core each, and there is one");
+        return;
+    }
+    let place = Place::new();
+    place.write(&(port("a") + &port("b")));
+    let _switch = Running::start(&place);
+    let mut generator = Command::new(CABLEWAY);
+    generator.args(["bench", "vv", "--quick", "--sizes", "64", "--seconds", "0.5"]);
+    generator.arg("--core").arg(permitted.iter().next().unwrap().to_string());
+    for name in ["a", "b"] {
+        generator.arg("--socket").arg(place.socket(name));
+    }
+    let ran = generator.output().unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+
+    let stats = place.json(&["stats"]);
+    let stats: switch::control::report::StatsReport = serde_json::from_value(stats).unwrap();
+    let (worker, totals) = (&stats.workers[0], &stats.totals);
+    assert!(totals.received > 0);
+    assert_eq!(totals.received + totals.replicas, totals.sent + totals.dropped);
+    for queue in stats.ports.iter().flat_map(|port| &port.rx) {
+        assert_eq!(queue.received, queue.switched + queue.dropped);
+    }
+    for queue in stats.ports.iter().flat_map(|port| &port.tx) {
+        assert_eq!(queue.offered, queue.sent + queue.dropped);
+    }
+    assert_eq!(worker.frames, totals.received);
+    assert_eq!(
+        worker.bursts,
+        stats.ports.iter().flat_map(|port| &port.rx).map(|queue| queue.bursts).sum::<u64>()
+    );
+    // Awake or asleep, each cycle since the start is busy or idle; the last sleep, of at most 200 ms, is not counted yet.
+    let counted = (worker.busy_cycles + worker.idle_cycles) as f64 / stats.tsc_hz as f64;
+    assert!(
+        counted < stats.uptime_s * 1.02 && counted > stats.uptime_s * 0.98 - 0.3,
+        "{counted} of {}",
+        stats.uptime_s
+    );
 }
 
 #[test]

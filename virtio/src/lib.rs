@@ -6,6 +6,7 @@
 
 pub mod device;
 pub mod driver;
+mod event;
 pub mod features;
 pub mod memory;
 pub mod net;

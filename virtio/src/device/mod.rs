@@ -113,9 +113,3 @@ impl DeviceRing {
         with_ring!(self, r => r.base())
     }
 }
-
-/// Whether an event at `event` lies among the indices passed on the way from `old` to `new` (section 2.7.10).
-#[inline(always)]
-pub(crate) fn need_event(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}

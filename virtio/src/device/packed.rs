@@ -6,9 +6,10 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering, compiler_fence};
 
+use super::Ring;
 use super::chain::{Chain, Stock, Walk, table_entry};
 use super::setup::{Direction, InflightArea, RingError, RingSetup};
-use super::{Ring, need_event};
+use crate::event::need_event;
 use crate::features;
 use crate::memory::copy::{full_fence, prefetch_read, prefetch_write};
 use crate::memory::packed::{AVAIL, Events, Ring as Descriptors, USED};

@@ -3,9 +3,10 @@
 //! Owns the shadow of the avail and used indices. Reads each descriptor exactly once, through [`crate::memory`], and hands
 //! out only checked chains. Never allocates, never blocks, never knows what the buffers are for.
 
+use super::Ring;
 use super::chain::{Chain, Stock, Walk, table_entry};
 use super::setup::{Direction, RingError, RingSetup};
-use super::{Ring, need_event};
+use crate::event::need_event;
 use crate::features;
 use crate::memory::copy::{full_fence, prefetch_read, prefetch_write};
 use crate::memory::split::{Avail, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Table, Used};

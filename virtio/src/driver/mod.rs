@@ -219,12 +219,6 @@ fn word(len: u32, a: u16, b: u16) -> u64 {
     u64::from(len) | u64::from(a) << 32 | u64::from(b) << 48
 }
 
-/// Whether an event index asked to hear of an advance from `old` to `new` (section 2.7.7.2, `vring_need_event`).
-#[inline(always)]
-fn event_due(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
 /// A driver-side ring of either layout. The layout is looked up once a burst.
 pub enum DriverRing {
     /// Section 2.7.

@@ -14,8 +14,9 @@ use std::sync::atomic::Ordering;
 
 use super::area::{Area, full_fence};
 use super::split::{chain_len, total};
-use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, event_due, word};
+use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, word};
 use crate::device::Direction;
+use crate::event::need_event;
 use crate::features;
 
 /// Descriptor flag: equals the driver's wrap counter when available.
@@ -296,7 +297,7 @@ impl PackedDriver {
         if (off_wrap >> 15 != 0) != self.avail.wrap {
             event = event.wrapping_sub(self.avail.size);
         }
-        event_due(event, self.avail.at, self.avail.at.wrapping_sub(added))
+        need_event(event, self.avail.at, self.avail.at.wrapping_sub(added))
     }
 
     /// See [`super::DriverRing::reclaim`].

@@ -12,8 +12,9 @@ use loom::sync::atomic::Ordering;
 use std::sync::atomic::Ordering;
 
 use super::area::{Area, full_fence};
-use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, event_due, word};
+use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, word};
 use crate::device::Direction;
+use crate::event::need_event;
 use crate::features;
 
 /// avail.flags: do not notify us.
@@ -270,7 +271,7 @@ impl SplitDriver {
         // The index before the question whether the device sleeps: it publishes its wish, then looks at the index.
         full_fence();
         if self.event_idx {
-            event_due(self.shared.avail_event(), self.avail, old)
+            need_event(self.shared.avail_event(), self.avail, old)
         } else {
             self.shared.used_flags() & NO_NOTIFY == 0
         }

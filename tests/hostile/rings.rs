@@ -49,6 +49,33 @@ fn rings_whose_areas_overlap_do_not_start() {
 }
 
 #[test]
+fn a_refusal_is_told_until_the_rings_run_and_a_later_one_again() {
+    let mut world = World::new();
+    let mut guest = Guest::connect(&world.socket("h0"), FEATURES);
+    guest.start(0, 256);
+    guest.set_up(1, 256);
+    let kick = |guest: &mut Guest| guest.raw.ask(M::SET_VRING_KICK, &wide(&[1 | 0x100]), &[]);
+    let overlapping = [words(&[1, 0]), wide(&[USER, USER, USER, 0])].concat();
+    guest.raw.must(M::SET_VRING_ADDR, &overlapping, &[]);
+    assert_eq!(kick(&mut guest), Some(1));
+    world.wait_for_stop("h0", "overlap");
+
+    guest.raw.send(M::GET_VRING_BASE, 1, &words(&[1, 0]), &[]);
+    guest.raw.answer(M::GET_VRING_BASE).unwrap();
+    guest.raw.must(M::SET_VRING_ADDR, &Guest::addresses(1), &[]);
+    assert_eq!(kick(&mut guest), Some(0));
+    guest.raw.must(M::SET_VRING_ENABLE, &words(&[1, 1]), &[]);
+    world.wait_for_state("h0", "up");
+    assert!(world.port("h0")["reason"].is_null(), "{}", world.port("h0"));
+
+    assert_eq!(guest.raw.ask(M::SET_VRING_NUM, &words(&[256, 256]), &[]), Some(1));
+    world.wait_for_reason("h0", "does not exist");
+    assert_eq!(world.port("h0")["state"], "up");
+    drop(guest);
+    world.unharmed();
+}
+
+#[test]
 fn rings_that_overlap_buffers_and_each_other_harm_only_themselves() {
     let world = World::new();
     for layout in LAYOUTS {

@@ -133,7 +133,8 @@ impl World {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    fn port(&self, name: &str) -> Value {
+    /// What `cableway switch ports` says of one port.
+    pub(crate) fn port(&self, name: &str) -> Value {
         let report = self.ask("ports");
         report["ports"].as_array().unwrap().iter().find(|p| p["name"] == name).unwrap().clone()
     }

@@ -209,7 +209,8 @@ pub struct PortReport {
     pub mode: String,
     /// How far it has come.
     pub state: PortState,
-    /// Why it stopped, or why the last connection ended; absent if neither happened.
+    /// Why it stopped, what it refused last since it came up, or why the last connection ended; absent if none of these
+    /// happened.
     pub reason: Option<String>,
     /// Virtio features that the guest acknowledged, by name; empty before.
     pub features: Vec<String>,

@@ -69,6 +69,10 @@ impl VhostDevice {
         shared.active.store(active as u16, Ordering::Release);
         if !shared.broken.load(Ordering::Acquire) {
             let up = active > 0 && receiving;
+            if up && shared.state() != PortState::Up {
+                // What was refused on the way here is past; what is refused from now on is not.
+                self.info(|i| i.refused = None);
+            }
             shared.set_state(if up { PortState::Up } else { PortState::Connected });
         }
         shared.events.send(Event::RingsChanged);

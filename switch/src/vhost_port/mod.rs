@@ -139,7 +139,7 @@ pub struct PortInfo {
     pub memory: (u64, usize),
     /// The guest's MTU, if the front end told it.
     pub mtu: Option<u16>,
-    /// What was last refused.
+    /// What was last refused, since the port came up (or its front end connected).
     pub refused: Option<String>,
     /// How the last session ended.
     pub last_end: Option<String>,

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use switch::control::report::{DropCount, PortStats, StatsReport, SwitchInfo, WorkerState, WorkerStats};
+use switch::control::report::{
+    AddressStats, DropCount, PortStats, StatsReport, SwitchInfo, WorkerState, WorkerStats,
+};
 
 use crate::output::{self, grouped, rate};
 
@@ -62,6 +64,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
     }
     text += &format!("{table}\n\n");
     text += &drops(&report.ports);
+    text += &addresses(&report.ports);
     let totals = &report.totals;
     let (received, replicas) = (grouped(totals.received), grouped(totals.replicas));
     text + &format!(
@@ -85,6 +88,24 @@ fn drops(ports: &[PortStats]) -> String {
         for ((direction, reason), (frames, count)) in sums {
             any = true;
             table.add_row([&grouped(frames), &port.name, direction, reason, &count.sentence]);
+        }
+    }
+    if any { format!("{table}\n\n") } else { String::new() }
+}
+
+/// What became of source addresses, by port; nothing where no address came in.
+fn addresses(ports: &[PortStats]) -> String {
+    let header = ["port", "addresses learnt", "moved here", "frames over the limit", "table full"];
+    let mut table = output::table(&header, &[1, 2, 3, 4]);
+    let mut any = false;
+    for port in ports {
+        let sum =
+            |of: fn(&AddressStats) -> u64| port.rx.iter().map(|queue| of(&queue.addresses)).sum::<u64>();
+        let sums = [sum(|a| a.learnt), sum(|a| a.moved), sum(|a| a.limit_reached), sum(|a| a.table_full)];
+        if sums.iter().any(|n| *n > 0) {
+            any = true;
+            let [learnt, moved, limit, full] = sums.map(grouped);
+            table.add_row([&port.name, &learnt, &moved, &limit, &full]);
         }
     }
     if any { format!("{table}\n\n") } else { String::new() }

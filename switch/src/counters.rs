@@ -3,6 +3,7 @@
 //! Each counter has one writer (whoever holds the queue's claim, or the worker itself), so that counting is a load and a
 //! store, never an atomic read-modify-write. Readers sum.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use port::DropReason;
@@ -55,6 +56,20 @@ impl Drops {
     }
 }
 
+/// What became of the source addresses that came in on a queue.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct AddressCounters {
+    /// Addresses learnt.
+    pub learnt: Counter,
+    /// Addresses that were at another port before.
+    pub moved: Counter,
+    /// Frames whose address was not learnt because the port has its limit of addresses.
+    pub limit_reached: Counter,
+    /// Frames whose address was not learnt because its part of the table is full.
+    pub table_full: Counter,
+}
+
 /// What came in on a queue: `received = switched + dropped`.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -71,6 +86,8 @@ pub struct RxCounters {
     pub replicas: Counter,
     /// Frames handed to none.
     pub drops: Drops,
+    /// The addresses that they came from.
+    pub addresses: Arc<AddressCounters>,
 }
 
 /// What went out of a queue: `offered = sent + dropped`. Over all queues of a switch, `received + replicas` of the one side

@@ -185,6 +185,11 @@ fn a_flood_of_source_addresses_uses_up_its_own_share_of_the_table() {
     let fdb = world.ask("fdb");
     let of = |port: &str| fdb["entries"].as_array().unwrap().iter().filter(|e| e["port"] == port).count();
     assert_eq!((of("h0"), of("g0")), (64, 1), "its limit is 64, and the pair is still known");
+    // One of the thousand is the address that every guest here has, which was known.
+    let stats = world.ask("stats");
+    let port = stats["ports"].as_array().unwrap().iter().find(|p| p["name"] == "h0").unwrap();
+    let counted = serde_json::json!({"learnt": 64, "moved": 0, "limit_reached": 936, "table_full": 0});
+    assert_eq!(port["rx"][0]["addresses"], counted);
     drop(guest);
     world.unharmed();
 }

@@ -14,7 +14,9 @@ use super::plan::{BridgePlan, BridgePort};
 use super::portset::MAX_PORTS;
 use super::storm::Flood;
 use super::vlan::Class;
+use crate::counters::AddressCounters;
 use port::{Burst, DropReason, Frame, FrameSet, Head, MAX_BURST};
+use std::sync::Arc;
 
 /// Bytes of an Ethernet header; shorter frames are runts.
 const ETHERNET_HEADER: u32 = 14;
@@ -46,14 +48,8 @@ pub struct Classified {
 /// What an ingress queue knows of the addresses that came in on it. Owned by the worker that polls the queue.
 #[derive(Clone, Debug, Default)]
 pub struct IngressState {
-    /// Addresses learnt.
-    pub learnt: u64,
-    /// Addresses that were on another port before.
-    pub moved: u64,
-    /// Frames whose address was not learnt because the port has its limit of addresses.
-    pub limit_reached: u64,
-    /// Frames whose address was not learnt because its part of the table is full.
-    pub table_full: u64,
+    /// What became of them, for whoever reports it.
+    pub addresses: Arc<AddressCounters>,
 }
 
 /// Decided for a frame, and for all that are alike.
@@ -322,10 +318,10 @@ impl Bench<'_> {
         }
         match fdb.learn(from, fdb.home(from), self.ingress, plan.learn_limit, self.clock.seconds) {
             Learn::Known | Learn::Pinned | Learn::Busy => {}
-            Learn::Learnt => self.state.learnt += 1,
-            Learn::Moved => self.state.moved += 1,
-            Learn::LimitReached => self.state.limit_reached += 1,
-            Learn::Full => self.state.table_full += 1,
+            Learn::Learnt => self.state.addresses.learnt.add(1),
+            Learn::Moved => self.state.addresses.moved.add(1),
+            Learn::LimitReached => self.state.addresses.limit_reached.add(1),
+            Learn::Full => self.state.addresses.table_full.add(1),
         }
     }
 

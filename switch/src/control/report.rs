@@ -106,6 +106,21 @@ pub struct RxStats {
     pub dropped: u64,
     /// Of these, by reason.
     pub drops: Vec<DropCount>,
+    /// What became of the addresses that they came from.
+    pub addresses: AddressStats,
+}
+
+/// Source addresses that came in on a queue. Frames whose address is not learnt are forwarded all the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AddressStats {
+    /// Addresses learnt.
+    pub learnt: u64,
+    /// Addresses that were at another port before.
+    pub moved: u64,
+    /// Frames whose address was not learnt because the port has `learn_limit` addresses.
+    pub limit_reached: u64,
+    /// Frames whose address was not learnt because its part of the table is full.
+    pub table_full: u64,
 }
 
 /// Frames to a guest's receive queue. `offered` = `sent` + `dropped`.

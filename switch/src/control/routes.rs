@@ -12,8 +12,8 @@ use utoipa::{IntoParams, OpenApi};
 
 use super::SwitchState;
 use super::report::{
-    DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport, ReloadReport,
-    RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+    AddressStats, DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport,
+    ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
 };
 
 /// No request has a body worth reading.
@@ -30,6 +30,7 @@ type Answers = Arc<dyn SwitchState>;
     ),
     paths(switch, stats, ports, port, fdb, reload),
     components(schemas(
+        AddressStats,
         DropCount,
         Failure,
         FdbEntry,

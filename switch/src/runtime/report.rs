@@ -9,8 +9,8 @@ use port::DropReason;
 use super::{PortView, Switch};
 use crate::config::{Config, Side, Vlan};
 use crate::control::report::{
-    DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport, ReloadReport, RingReport,
-    RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+    AddressStats, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport,
+    ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
 };
 use crate::control::{SwitchState, feature_names};
 use crate::counters::{RxCounters, TxCounters};
@@ -140,6 +140,12 @@ fn rx_stats(queue: u16, worker: Option<u32>, c: &RxCounters) -> RxStats {
         replicas: c.replicas.get(),
         dropped: drops.iter().map(|d| d.1).sum(),
         drops: drop_counts(&drops),
+        addresses: AddressStats {
+            learnt: c.addresses.learnt.get(),
+            moved: c.addresses.moved.get(),
+            limit_reached: c.addresses.limit_reached.get(),
+            table_full: c.addresses.table_full.get(),
+        },
     }
 }
 

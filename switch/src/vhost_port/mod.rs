@@ -204,7 +204,9 @@ impl VhostPort {
         });
         let rx = (0..queue_pairs)
             .map(|pair| {
-                let state = RxState { ring: None, ingress: IngressState::default(), likely: u16::MAX };
+                let counters = RxCounters::default();
+                let ingress = IngressState { addresses: counters.addresses.clone() };
+                let state = RxState { ring: None, ingress, likely: u16::MAX };
                 let (port, index) = (shared.clone(), 2 * pair + 1);
                 Arc::new(RxSlot {
                     port,
@@ -212,7 +214,7 @@ impl VhostPort {
                     state: Claimed::new(state),
                     live: AtomicBool::new(false),
                     node: AtomicU32::new(0),
-                    counters: RxCounters::default(),
+                    counters,
                 })
             })
             .collect();

@@ -166,7 +166,7 @@ fn what_is_unknown_is_flooded_and_what_was_learnt_goes_to_one_port() {
     assert_eq!(lan.one(0, frame(1, 2)), Ok(vec![1, 2]));
     assert_eq!(lan.one(2, frame(2, 1)), Ok(vec![0]));
     assert_eq!(lan.one(0, frame(1, 2)), Ok(vec![2]));
-    assert_eq!((lan.state.learnt, lan.state.moved), (2, 0));
+    assert_eq!((lan.state.addresses.learnt.get(), lan.state.addresses.moved.get()), (2, 0));
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn a_station_that_moves_is_followed_and_its_old_port_gets_nothing_more() {
     lan.one(0, frame(1, 9)).unwrap();
     lan.one(2, frame(1, 9)).unwrap();
     assert_eq!(lan.one(1, frame(3, 1)), Ok(vec![2]));
-    assert_eq!(lan.state.moved, 1);
+    assert_eq!(lan.state.addresses.moved.get(), 1);
 }
 
 #[test]
@@ -332,7 +332,8 @@ fn a_guest_over_its_limit_of_addresses_is_still_forwarded() {
     for n in 0..50 {
         assert_eq!(lan.one(0, frame(n, 100)), Ok(vec![1]));
     }
-    assert_eq!((lan.plan.fdb().learnt_on(0), lan.state.learnt, lan.state.limit_reached), (5, 6, 45));
+    let counted = &lan.state.addresses;
+    assert_eq!((lan.plan.fdb().learnt_on(0), counted.learnt.get(), counted.limit_reached.get()), (5, 6, 45));
 }
 
 #[test]

@@ -36,7 +36,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
         ["port", "queue", "direction", "frames", "bytes", "frames/burst", "dropped", "polled by core"];
     let mut table = output::table(&header, &[1, 3, 4, 5, 6, 7]);
     for port in &report.ports {
-        let core = |worker: Option<u32>| worker.map_or_else(|| "-".to_owned(), |core| core.to_string());
+        let polled_by = |core: Option<u32>| core.map_or_else(|| "-".to_owned(), |core| core.to_string());
         for rx in &port.rx {
             table.add_row([
                 port.name.clone(),
@@ -46,7 +46,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
                 grouped(rx.bytes),
                 ratio(rx.received, rx.bursts),
                 grouped(rx.dropped),
-                core(rx.worker),
+                polled_by(rx.worker),
             ]);
         }
         for tx in &port.tx {
@@ -58,7 +58,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
                 grouped(tx.bytes),
                 ratio(tx.sent, tx.bursts),
                 grouped(tx.dropped),
-                core(tx.worker),
+                polled_by(None),
             ]);
         }
     }

@@ -285,6 +285,7 @@ fn answers_have_the_fields_that_the_description_names_and_tables_show_them() {
     assert_eq!(fields(&stats["ports"][1]), named("PortStats"));
     assert_eq!(fields(&stats["ports"][1]["rx"][0]), named("RxStats"));
     assert_eq!(fields(&stats["ports"][1]["rx"][0]["addresses"]), named("AddressStats"));
+    assert_eq!(fields(&stats["ports"][1]["tx"][0]), named("TxStats"));
     assert_eq!(fields(&place.json(&["ports"])["ports"][0]), named("PortReport"));
     let fdb = place.json(&["fdb", "--port", "b"]);
     assert_eq!(fields(&fdb["entries"][0]), named("FdbEntry"));

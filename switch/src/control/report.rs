@@ -124,12 +124,12 @@ pub struct AddressStats {
 }
 
 /// Frames to a guest's receive queue. `offered` = `sent` + `dropped`.
+///
+/// It belongs to no worker: each sends what it took in.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TxStats {
     /// Queue pair.
     pub queue: u16,
-    /// Core of the worker that owns the ring, if it belongs to one.
-    pub worker: Option<u32>,
     /// Frames for the guest.
     pub offered: u64,
     /// Frames that it got.

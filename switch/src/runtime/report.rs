@@ -153,7 +153,6 @@ fn tx_stats(queue: u16, c: &TxCounters) -> TxStats {
     let drops = c.all_drops();
     TxStats {
         queue,
-        worker: None,
         offered: c.all_offered(),
         sent: c.sent.get(),
         bytes: c.bytes.get(),

@@ -1,13 +1,14 @@
 //! `cableway switch FILE --check`: what is wrong with a configuration, or what it would do.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use host::topology;
 use switch::config::{Config, PortConfig, Side, ThisMachine};
 use switch::control::{self, client, report::PortsReport};
+use switch::sandbox::files::{FileAccess, Held};
 
 use super::{Place, refuse};
 use crate::output;
@@ -68,6 +69,7 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
         switch.fdb_age.as_secs()
     )?;
     writeln!(text, "  answer questions on {}", run_dir.join(control::CONTROL_SOCKET).display())?;
+    writeln!(text, "  {}", files(config, run_dir)?)?;
     writeln!(text, "  serve {} port(s):\n", config.ports.len())?;
     let mut table =
         output::table(&["port", "socket", "VLAN", "queue pairs", "workers", "memory up to"], &[3, 5]);
@@ -83,6 +85,28 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
     }
     writeln!(text, "{table}")?;
     Ok(text)
+}
+
+/// Which files it would be held to. Tried on a thread that ends at once: only the kernel knows how far.
+fn files(config: &Config, run_dir: &Path) -> Result<String> {
+    let Some(files) = FileAccess::of(config, run_dir) else {
+        return Ok("open whatever files its user can: `confine_files` is off".to_owned());
+    };
+    let held = std::thread::scope(|scope| scope.spawn(|| files.confine()).join());
+    let held = held.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let list =
+        |dirs: &[PathBuf]| dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
+    let (read, sockets) = (list(&files.read), list(&files.sockets));
+    let text = format!("read files only beneath {read}, make sockets only beneath {sockets}");
+    Ok(match held {
+        Held::Fully => text,
+        Held::Partly => {
+            format!("{text} (this kernel's Landlock is an older one, and holds it to that only in part)")
+        }
+        Held::NotAtAll => {
+            "open whatever files its user can: this kernel has no Landlock to hold it to its own".to_owned()
+        }
+    })
 }
 
 fn socket(port: &PortConfig) -> String {

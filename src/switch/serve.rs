@@ -12,7 +12,7 @@ use signal_hook::iterator::Signals;
 use switch::config::{Config, ThisMachine};
 use switch::control::{self, ControlSocket, SwitchState};
 use switch::runtime::Switch;
-use switch::sandbox::{self, ThreadKind};
+use switch::sandbox::files::{FileAccess, Held};
 use tracing_subscriber::EnvFilter;
 
 use super::{Place, refuse};
@@ -51,11 +51,20 @@ pub(super) fn run(file: &Path, place: &Place, log: Option<&str>) -> Result<ExitC
         Err(error) => return Ok(refuse(error)),
     };
     // The workers run on their cores; from here on, nothing else does. The control thread inherits core and confinement.
-    switch::runtime::host_cores(&config)?;
-    sandbox::apply(ThreadKind::Housekeeping)?;
+    let files = FileAccess::of(&config, &run_dir);
+    let held = switch::runtime::become_housekeeping(&config, files.as_ref())?;
     let server = control.serve(switch.clone())?;
     let milliseconds = began.elapsed().as_millis();
     tracing::info!("{ports} ports in {}, ready in {milliseconds} ms", run_dir.display());
+    match (held, &files) {
+        (Held::Fully | Held::Partly, _) => {}
+        (Held::NotAtAll, Some(_)) => {
+            tracing::warn!("this kernel has no Landlock: the switch can open whatever its user can");
+        }
+        (Held::NotAtAll, None) => {
+            tracing::info!("`confine_files` is off: the switch can open whatever its user can")
+        }
+    }
 
     for signal in signals.forever() {
         if signal == SIGHUP {

@@ -1,4 +1,4 @@
-//! What each kind of thread may ask of the kernel: `no_new_privs` and seccomp filters.
+//! What each kind of thread may ask of the kernel: `no_new_privs` and seccomp filters. Which files: [`files`].
 //!
 //! A filter holds for the thread that asks for it and for all that it starts; filters only ever add up. Everything that a
 //! filter does not list is refused. What lies in memory is not protected by this: all threads share it.
@@ -18,6 +18,7 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter,
 };
 
+pub mod files;
 #[cfg(test)]
 mod tests;
 

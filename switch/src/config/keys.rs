@@ -172,6 +172,8 @@ keys! {
         fdb_age: Bounded<1, 1_000_000>,
         /// Whether frames to 01:80:c2:00:00:00 to 0f are forwarded.
         forward_reserved: bool,
+        /// Whether the running switch is held to its own files.
+        confine_files: bool,
     }
 }
 

@@ -1,13 +1,19 @@
 //! What a configuration needs to know of the machine: cores, groups, and whether a socket can be where it is wanted.
+//!
+//! A switch that runs is confined, and can use less of the machine than one that starts: no group that it has not looked
+//! up before, no directory that it did not name. What it cannot do is refused here, before anything is touched.
 
-use std::os::unix::fs::FileTypeExt;
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use host::topology::{self, CoreSet};
 use nix::unistd::{AccessFlags, Gid, Group};
 
 use super::SocketSide;
+use crate::sandbox::files::{FileAccess, directory_of};
 
 /// What validation asks of the machine. Each error is a sentence for the user.
 pub trait Surroundings {
@@ -36,6 +42,20 @@ pub struct ThisMachine {
     online: Option<CoreSet>,
     permitted: Option<CoreSet>,
     ours: Vec<PathBuf>,
+    /// Groups that were looked up, by name.
+    groups: Arc<Mutex<BTreeMap<String, Gid>>>,
+    confined: Option<Confined>,
+}
+
+/// What a switch that runs is confined to.
+#[derive(Clone, Debug)]
+struct Confined {
+    /// Where sockets can be made, with device and inode of each directory; `None`: wherever permissions allow.
+    directories: Option<Vec<(PathBuf, (u64, u64))>>,
+}
+
+fn identity(directory: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(directory).ok().map(|found| (found.dev(), found.ino()))
 }
 
 impl ThisMachine {
@@ -43,13 +63,75 @@ impl ThisMachine {
     pub fn now() -> Self {
         // Where the kernel does not tell, pinning the worker will.
         let online = topology::online_cores(Path::new("/")).ok();
-        Self { online, permitted: topology::permitted_cores().ok(), ours: Vec::new() }
+        let permitted = topology::permitted_cores().ok();
+        Self { online, permitted, ours: Vec::new(), groups: Arc::default(), confined: None }
+    }
+
+    /// The same machine for a switch that runs, held to `files` if to any. Ask before the thread is confined.
+    #[must_use]
+    pub(crate) fn confined(&self, files: Option<&FileAccess>) -> Self {
+        // Other sources of groups are asked through code that is loaded, which confinement forbids.
+        let text = std::fs::read_to_string("/etc/group").unwrap_or_default();
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        for line in text.lines() {
+            let mut fields = line.split(':');
+            if let (Some(name), Some(Ok(gid))) = (fields.next(), fields.nth(1).map(str::parse)) {
+                groups.entry(name.to_owned()).or_insert_with(|| Gid::from_raw(gid));
+            }
+        }
+        drop(groups);
+        let directories = files.map(|files| {
+            files.sockets.iter().filter_map(|dir| Some((dir.clone(), identity(dir)?))).collect()
+        });
+        Self { confined: Some(Confined { directories }), ..self.clone() }
     }
 
     /// The same machine when this process listens on these sockets: that they answer is no problem.
     #[must_use]
     pub fn listening_on(&self, ours: Vec<PathBuf>) -> Self {
         Self { ours, ..self.clone() }
+    }
+
+    fn find_group(&self, name: &str) -> Result<Gid, String> {
+        let known = self.groups.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied();
+        if let Some(gid) = known {
+            return Ok(gid);
+        }
+        if self.confined.is_some() {
+            return Err(format!(
+                "group {name:?} was not in /etc/group when the switch started, and a running switch asks nobody else: \
+                 give the group's number, or restart the switch"
+            ));
+        }
+        match Group::from_name(name) {
+            Ok(Some(group)) => {
+                self.groups.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), group.gid);
+                Ok(group.gid)
+            }
+            Ok(None) => Err(format!("there is no group {name:?}; see /etc/group")),
+            Err(error) => Err(format!("group {name:?} cannot be looked up: {error}")),
+        }
+    }
+
+    /// Whether a running switch can make sockets in `dir`: one of its directories, or one beneath.
+    fn reaches(&self, dir: &Path) -> Result<(), String> {
+        let Some(directories) = self.confined.as_ref().and_then(|confined| confined.directories.as_ref())
+        else {
+            return Ok(());
+        };
+        let real = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        let known =
+            |dir: &Path| identity(dir).is_some_and(|id| directories.iter().any(|known| known.1 == id));
+        if real.ancestors().any(known) {
+            return Ok(());
+        }
+        let names: Vec<String> = directories.iter().map(|known| known.0.display().to_string()).collect();
+        Err(format!(
+            "directory {} is none of those that the switch confined itself to when it started ({}): restart the \
+             switch, or use one of them",
+            dir.display(),
+            names.join(", ")
+        ))
     }
 }
 
@@ -70,11 +152,7 @@ impl Surroundings for ThisMachine {
     fn group(&self, name: &str) -> Result<u32, String> {
         let gid = match name.parse::<u32>() {
             Ok(number) => Gid::from_raw(number),
-            Err(_) => match Group::from_name(name) {
-                Ok(Some(group)) => group.gid,
-                Ok(None) => return Err(format!("there is no group {name:?}; see /etc/group")),
-                Err(error) => return Err(format!("group {name:?} cannot be looked up: {error}")),
-            },
+            Err(_) => self.find_group(name)?,
         };
         let member = gid == nix::unistd::getegid()
             || nix::unistd::getgroups().is_ok_and(|groups| groups.contains(&gid))
@@ -88,7 +166,7 @@ impl Surroundings for ThisMachine {
     }
 
     fn socket(&self, path: &Path, side: SocketSide) -> Result<(), String> {
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = directory_of(path).unwrap_or(Path::new("."));
         if !dir.is_dir() {
             return Err(format!("directory {} does not exist: mkdir -p {}", dir.display(), dir.display()));
         }
@@ -99,6 +177,9 @@ impl Surroundings for ThisMachine {
         if nix::unistd::access(dir, wanted).is_err() {
             let whom = nix::unistd::geteuid();
             return Err(format!("directory {} is not permitted to user {whom}: see ls -ld", dir.display()));
+        }
+        if side == SocketSide::Server {
+            self.reaches(dir)?;
         }
         let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
         if !found.file_type().is_socket() {

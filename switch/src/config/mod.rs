@@ -59,6 +59,8 @@ pub struct SwitchConfig {
     pub fdb_age: Duration,
     /// Whether frames to the reserved addresses 01:80:c2:00:00:00 to 0f are forwarded.
     pub forward_reserved: bool,
+    /// Whether the running switch is held to its own files ([`crate::sandbox::files`]).
+    pub confine_files: bool,
 }
 
 /// One `[[port]]`.

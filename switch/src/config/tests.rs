@@ -89,6 +89,7 @@ fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
             fdb_size: 65_536,
             fdb_age: Duration::from_secs(300),
             forward_reserved: false,
+            confine_files: true,
         }
     );
     assert_eq!(

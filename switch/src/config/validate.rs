@@ -126,6 +126,7 @@ fn switch(
         fdb_size: keys.fdb_size.map_or(FDB_SIZE, |size| size.into_inner().get::<usize>().next_power_of_two()),
         fdb_age: keys.fdb_age.map_or(FDB_AGE, |age| Duration::from_secs(age.into_inner().get())),
         forward_reserved: value_or(keys.forward_reserved, false),
+        confine_files: value_or(keys.confine_files, true),
     }
 }
 

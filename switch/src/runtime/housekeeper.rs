@@ -363,6 +363,7 @@ impl Housekeeper {
             ("workers", a.workers != b.workers),
             ("housekeeping", a.housekeeping != b.housekeeping),
             ("fdb_size", a.fdb_size != b.fdb_size),
+            ("confine_files", a.confine_files != b.confine_files),
         ];
         let changed: Vec<&str> = keys.iter().filter(|k| k.1).map(|k| k.0).collect();
         if changed.is_empty() { Ok(()) } else { Err(ApplyError::NeedsRestart(changed.join(", "))) }

@@ -22,6 +22,7 @@ use crate::bridge::{Fdb, FdbError, PlanError};
 use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
 use crate::plan::Plans;
+use crate::sandbox::files::{FileAccess, FilesError, Held};
 use crate::sandbox::{self, SandboxError, ThreadKind};
 use crate::vhost_port::VhostPort;
 use crate::worker::{Worker, WorkerShared};
@@ -52,6 +53,9 @@ pub enum StartError {
     /// A thread could not be confined.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// A thread could not be held to the switch's files.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The bridge cannot be as the configuration wants it.
     #[error(transparent)]
     Bridge(#[from] PlanError),
@@ -137,12 +141,15 @@ impl Switch {
             switch.threads.push(thread);
         }
         let (ready, result) = bounded(1);
+        let files = FileAccess::of(&config, &switch.run_dir);
+        let for_main = files.clone();
         let thread = std::thread::Builder::new().name("housekeeping".into()).spawn(move || {
             // Session threads are started from here, and inherit cores and confinement.
-            let confined = host_cores(&config).and_then(|()| Ok(sandbox::apply(ThreadKind::Housekeeping)?));
-            match confined.and_then(|()| Housekeeper::new(shared, events, config)) {
-                Ok(mut housekeeper) => {
-                    let _ = ready.send(Ok(()));
+            let confined = become_housekeeping(&config, files.as_ref());
+            let opened = confined.and_then(|held| Ok((held, Housekeeper::new(shared, events, config)?)));
+            match opened {
+                Ok((held, mut housekeeper)) => {
+                    let _ = ready.send(Ok(held));
                     housekeeper.run(&orders, &inbox);
                 }
                 Err(e) => {
@@ -151,7 +158,10 @@ impl Switch {
             }
         })?;
         switch.threads.push(thread);
-        result.recv().unwrap_or_else(|_| Err(std::io::Error::other("housekeeping ended at once").into()))?;
+        let ended = |_| Err(std::io::Error::other("housekeeping ended at once").into());
+        let held = result.recv().unwrap_or_else(ended)?;
+        let in_force = for_main.as_ref().filter(|_| held != Held::NotAtAll);
+        switch.machine = switch.machine.confined(in_force);
         Ok(switch)
     }
 
@@ -217,11 +227,21 @@ fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle
     Ok(thread)
 }
 
-/// Keeps the calling thread, and all that it starts, off the workers' cores.
+/// Makes the calling thread, and all that it starts later, one for everything but moving frames: off the workers' cores, held
+/// to `files` (if there are any), and to the system calls of housekeeping. Says how far the files are in force.
 ///
 /// # Errors
-/// The kernel does not say which cores there are.
-pub fn host_cores(config: &Config) -> Result<(), StartError> {
+/// The kernel does not say which cores there are, or refuses to confine.
+pub fn become_housekeeping(config: &Config, files: Option<&FileAccess>) -> Result<Held, StartError> {
+    host_cores(config)?;
+    // The filter does not let the calls of Landlock pass.
+    let held = files.map_or(Ok(Held::NotAtAll), FileAccess::confine)?;
+    sandbox::apply(ThreadKind::Housekeeping)?;
+    Ok(held)
+}
+
+/// Keeps the calling thread, and all that it starts, off the workers' cores.
+fn host_cores(config: &Config) -> Result<(), StartError> {
     let permitted = host::topology::permitted_cores().map_err(std::io::Error::other)?;
     let wanted: Vec<u32> = match &config.switch.housekeeping {
         Some(cores) => cores.clone(),

@@ -1,5 +1,6 @@
 //! What a confined thread can and cannot do. Each test runs again in a process of its own, which may be killed.
 
+use super::files::{FileAccess, Held};
 use super::*;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -242,6 +243,90 @@ fn housekeeping_can_serve_sockets_files_memory_and_threads() {
         },
     );
     check(end, said("served"), "housekeeping");
+}
+
+#[test]
+fn the_files_of_a_configuration_are_where_it_lies_where_its_sockets_are_and_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["etc", "real", "run", "vms"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    let core = host::topology::permitted_cores().unwrap().iter().next().unwrap();
+    let vms = at("vms").display().to_string();
+    let port = |name: &str, rest: &str| format!("[[port]]\nname = '{name}'\nkind = 'vhost-user'\n{rest}\n");
+    let text = |key: &str| {
+        format!("[switch]\nworkers = [{core}]\n{key}\n")
+            + &port("a", "socket = 'a'")
+            + &port("b", &format!("socket = '{vms}/b'"))
+            + &port("c", "socket = '/tmp/c'\nmode = 'client'")
+    };
+    std::fs::write(at("real/switch.toml"), text("")).unwrap();
+    std::os::unix::fs::symlink(at("real/switch.toml"), at("etc/switch.toml")).unwrap();
+    let files = |text: &str| {
+        let machine = crate::config::ThisMachine::now();
+        let config =
+            crate::config::Config::parse(text, &at("etc/switch.toml"), &at("run"), &machine).unwrap();
+        FileAccess::of(&config, &at("run"))
+    };
+    let wanted = FileAccess {
+        read: vec!["/sys/devices/system".into(), at("etc"), at("real")],
+        sockets: vec![at("run"), at("vms")],
+    };
+    assert_eq!(files(&text("")), Some(wanted));
+    assert_eq!(files(&text("confine_files = false")), None);
+}
+
+#[test]
+fn a_thread_held_to_its_files_reads_its_directories_makes_its_sockets_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["etc", "run", "else"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    std::fs::write(at("etc/switch.toml"), "old").unwrap();
+    std::fs::write(at("else/secret"), "secret").unwrap();
+    let vmm = UnixListener::bind(at("else/vmm.sock")).unwrap();
+    let files = FileAccess { read: vec!["/sys/devices/system".into(), at("etc")], sockets: vec![at("run")] };
+    let step = std::sync::Barrier::new(2);
+    let held = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let held = files.confine().unwrap();
+            step.wait();
+            step.wait();
+            if held == Held::NotAtAll {
+                return held;
+            }
+            assert_eq!(std::fs::read(at("etc/switch.toml")).unwrap(), b"new");
+            assert!(host::topology::online_cores(std::path::Path::new("/")).is_ok());
+            drop(UnixListener::bind(at("run/a.sock")).unwrap());
+            std::fs::remove_file(at("run/a.sock")).unwrap();
+            UnixStream::connect(at("else/vmm.sock")).unwrap();
+            let memory = nix::sys::memfd::memfd_create(c"guest", nix::sys::memfd::MFdFlags::empty()).unwrap();
+            File::from(memory).set_len(4096).unwrap();
+
+            let refused = |what: &str, result: io::Result<()>| {
+                assert_eq!(result.unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{what}");
+            };
+            refused("read", File::open(at("else/secret")).map(drop));
+            refused("read the user's list", File::open("/etc/passwd").map(drop));
+            refused("write its configuration", std::fs::write(at("etc/switch.toml"), "x"));
+            refused("make a file", File::create(at("run/file")).map(drop));
+            refused("remove", std::fs::remove_file(at("else/secret")));
+            refused("make a socket", UnixListener::bind(at("else/a.sock")).map(drop));
+            held
+        });
+        step.wait();
+        // As editors do: another file in its place.
+        std::fs::write(at("etc/new"), "new").unwrap();
+        std::fs::rename(at("etc/new"), at("etc/switch.toml")).unwrap();
+        step.wait();
+        thread.join().unwrap()
+    });
+    drop(vmm);
+    if held == Held::NotAtAll {
+        eprintln!("skipped: this kernel has no Landlock; `cableway switch FILE --check` says so, too");
+    }
 }
 
 #[test]

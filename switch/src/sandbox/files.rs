@@ -1,0 +1,103 @@
+//! Which files a running switch may open, make and remove: Landlock rules (Linux 5.13 and later) out of its configuration.
+//!
+//! Owns the two lists of directories, and how they are put in force for housekeeping, sessions, the control socket and main.
+//! Workers need none: their seccomp filter lets them open nothing. What is in force can never be widened, so a reload has to
+//! live within what the start named (`config::machine` says so to the user). Connecting to a socket is not restricted:
+//! which VMM a client port connects to may change at any time.
+
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, BitFlags, RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetStatus, Scope, path_beneath_rules,
+};
+
+use crate::config::{Config, Side};
+
+/// The rights that are withheld unless a rule grants them. Later versions add the right to connect to a socket.
+const KNOWN: ABI = ABI::V7;
+
+/// Cores and memory nodes, which placement and reports look up.
+const MACHINE: &str = "/sys/devices/system";
+
+/// The files could not be confined.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot confine the switch to its own files with Landlock: {0}; `confine_files = false` in [switch] starts it without"
+)]
+pub struct FilesError(#[from] landlock::RulesetError);
+
+/// How far the kernel holds a thread to its files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// In every respect that this program knows of.
+    Fully,
+    /// As far as this kernel can: it is older than some of the rights.
+    Partly,
+    /// Not at all: this kernel has no Landlock, or does not use it.
+    NotAtAll,
+}
+
+/// Directories that a switch uses after its start, each with all that lies beneath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileAccess {
+    /// Where it reads.
+    pub read: Vec<PathBuf>,
+    /// Where it makes and removes sockets.
+    pub sockets: Vec<PathBuf>,
+}
+
+impl FileAccess {
+    /// What `config` needs. Directories, not files: an editor puts a new file in the old one's place, and rules follow the
+    /// old one. `None` if the configuration wants no confinement.
+    pub fn of(config: &Config, run_dir: &Path) -> Option<Self> {
+        if !config.switch.confine_files {
+            return None;
+        }
+        let mut read = vec![PathBuf::from(MACHINE)];
+        // Where the file is named, and where it lies if that is a symbolic link.
+        for file in [std::path::absolute(&config.file), std::fs::canonicalize(&config.file)] {
+            read.extend(file.ok().as_deref().and_then(Path::parent).map(Path::to_owned));
+        }
+        let mut sockets = vec![run_dir.to_owned()];
+        let ours = config.ports.iter().filter(|port| matches!(port.side, Side::Server { .. }));
+        sockets.extend(ours.filter_map(|port| Some(directory_of(&port.socket)?.to_owned())));
+        for list in [&mut read, &mut sockets] {
+            list.sort_unstable();
+            list.dedup();
+        }
+        Some(Self { read, sockets })
+    }
+
+    /// Holds the calling thread, and those that it starts later, to these directories.
+    ///
+    /// # Errors
+    /// The kernel has Landlock and refuses: a process can be confined 16 times.
+    pub fn confine(&self) -> Result<Held, FilesError> {
+        let RestrictionStatus { ruleset, .. } = self.restrict()?;
+        Ok(match ruleset {
+            RulesetStatus::FullyEnforced => Held::Fully,
+            RulesetStatus::PartiallyEnforced => Held::Partly,
+            RulesetStatus::NotEnforced => Held::NotAtAll,
+        })
+    }
+
+    fn restrict(&self) -> Result<RestrictionStatus, landlock::RulesetError> {
+        let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
+        let sockets: BitFlags<AccessFs> = AccessFs::MakeSock | AccessFs::RemoveFile;
+        // Directories that are not there are left out.
+        Ruleset::default()
+            .handle_access(AccessFs::from_all(KNOWN))?
+            .scope(Scope::AbstractUnixSocket)?
+            .create()?
+            .add_rules(path_beneath_rules(&self.read, read))?
+            .add_rules(path_beneath_rules(&self.sockets, sockets))?
+            .restrict_self()
+    }
+}
+
+/// Where a socket's file lies.
+pub(crate) fn directory_of(socket: &Path) -> Option<&Path> {
+    let dir = socket.parent()?;
+    Some(if dir.as_os_str().is_empty() { Path::new(".") } else { dir })
+}

@@ -3,14 +3,18 @@
 //!
 //! Owns what is between `cableway switch` and those clients, and nothing that can be tested without them. All tests here
 //! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
-//! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one).
+//! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one). So are, for the release
+//! build's sake, its limits (`./check limits`) and the documents' commands (`./check documented`).
 
 // What a test's world is made of stops the test by panicking, with what it expected.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod documented;
 mod guest;
+mod limits;
 mod qemu;
 mod qemu_migration;
 mod switch;
 mod testpmd;
 mod testpmd_back_end;
+mod testpmd_measured;

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -57,6 +57,16 @@ impl Switch {
     /// The run directory.
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// The process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.process.wait().unwrap()
     }
 
     /// The socket of port `port`.
@@ -121,7 +131,7 @@ fn spawn(config: &Path, dir: &Path) -> Child {
 }
 
 /// The binary under test.
-fn binary() -> PathBuf {
+pub(crate) fn binary() -> PathBuf {
     std::env::var_os("CABLEWAY").map_or_else(|| env!("CARGO_BIN_EXE_cableway").into(), PathBuf::from)
 }
 

@@ -177,16 +177,21 @@ impl Testpmd {
 
     /// With these devices as ports; `lcores` are the cores of its prompt (0) and its forwarding (1).
     pub(crate) fn with_devices(devices: [String; 2], lcores: &str, queue_pairs: u64, more: &[&str]) -> Self {
+        let [first, second] = &devices;
+        let queues = [format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")];
+        let mut arguments = vec!["--lcores", lcores, "--no-pci", "--in-memory", "-m", "512"];
+        arguments.extend(["--single-file-segments", "--file-prefix", "interop"]);
+        arguments.extend(["--vdev", first, "--vdev", second]);
+        arguments.extend(["--", "-i", "--nb-cores=1", "--no-flush-rx"]);
+        arguments.extend(["--rxd=256", "--txd=256", "--total-num-mbufs=16384", &queues[0], &queues[1]]);
+        arguments.extend(more);
+        Self::with_arguments(arguments)
+    }
+
+    /// With these arguments, which make it interactive.
+    pub(crate) fn with_arguments<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Self {
         let mut command = Command::new("stdbuf");
-        command.args(["-oL", "dpdk-testpmd", "--lcores", lcores, "--no-pci", "--in-memory", "-m", "512"]);
-        command.args(["--single-file-segments", "--file-prefix", "interop"]);
-        for device in devices {
-            command.args(["--vdev", &device]);
-        }
-        command.args(["--", "-i", "--nb-cores=1", "--no-flush-rx"]);
-        command.args(["--rxd=256", "--txd=256", "--total-num-mbufs=16384"]);
-        command.args([format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")]);
-        command.args(more);
+        command.args(["-oL", "dpdk-testpmd"]).args(arguments);
         let (mut from, to) = std::io::pipe().unwrap();
         let mut process = command
             .stdin(Stdio::piped())
@@ -214,6 +219,11 @@ impl Testpmd {
         let from = self.output.lock().unwrap().len();
         writeln!(self.input, "{line}").unwrap();
         self.prompt(from, Duration::from_secs(20))
+    }
+
+    /// Frames that each port received.
+    pub(crate) fn received(&mut self) -> Vec<u64> {
+        self.counters().values().map(|port| port.received).collect()
     }
 
     fn counters(&mut self) -> BTreeMap<u64, Counters> {

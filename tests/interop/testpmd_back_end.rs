@@ -111,12 +111,12 @@ fn a_back_end_that_was_killed_and_started_again_is_taken_into_service() {
     }
 }
 
-fn sockets(folder: &Path) -> [PathBuf; 2] {
+pub(crate) fn sockets(folder: &Path) -> [PathBuf; 2] {
     ["v0.sock", "v1.sock"].map(|name| folder.join(name))
 }
 
 /// testpmd between two `net_vhost` ports on the sockets in `folder`, forwarding.
-fn back_end(folder: &Path, options: &str, queue_pairs: u64) -> Testpmd {
+pub(crate) fn back_end(folder: &Path, options: &str, queue_pairs: u64) -> Testpmd {
     let mut port = 0;
     let devices = sockets(folder).map(|path| {
         port += 1;

@@ -241,13 +241,13 @@ impl Guest {
     }
 
     fn read(&self, at: usize, len: usize) -> Vec<u8> {
-        // SAFETY: within the allocation; the switch runs on this thread and not now.
+        // SAFETY: within the allocation; the switch does not run now, or the driver has not offered these bytes.
         (at..at + len).map(|i| unsafe { self.memory.start.add(i).read_volatile() }).collect()
     }
 
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= self.memory.layout.size());
-        // SAFETY: within the allocation; the switch runs on this thread and not now.
+        // SAFETY: within the allocation; the switch does not run now, or the driver has not offered these bytes.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.start.add(at), bytes.len()) }
     }
 
@@ -414,15 +414,6 @@ impl Guest {
     /// Pages of the inflight regions, which a real front end keeps elsewhere.
     pub(super) fn inflight_pages(&self) -> BTreeSet<u64> {
         self.rx.iter().chain(&self.tx).map(|queue| queue.inflight.guest / 4096).collect()
-    }
-
-    /// Pages of the buffers that are offered on the first receive ring, up to `len` bytes of each.
-    pub(super) fn pages_of_buffers(&self, len: usize) -> impl Iterator<Item = u64> {
-        let pieces = self.rx[0].offered.values().flatten();
-        pieces.flat_map(move |&(at, n)| {
-            let first = GUEST + at as u64;
-            first / 4096..=(first + n.min(len) as u64 - 1) / 4096
-        })
     }
 }
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use vhost_user::Device;
 use virtio::device::Layout;
 use virtio::memory::DirtyLog;
-use virtio::net::NetHeader;
+use virtio::net::{GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, NetHeader};
 
 use super::super::VhostPort;
 use super::guest::{GUEST, Guest, Kind, all_kinds};
-use super::packets::frame;
+use super::packets::{Over, frame, header, payload, unfinished};
 use super::world::World;
 use crate::bridge::PortPlan;
 use crate::events::Events;
@@ -35,6 +35,34 @@ fn changed(before: &[u8], after: &[u8]) -> BTreeSet<u64> {
     pages.filter(|(_, (a, b))| a != b).map(|(i, _)| GUEST / 4096 + i as u64).collect()
 }
 
+/// Settles while the writes to both guests are logged: asserts that every page that changes is marked, and no other.
+fn settle_logged(world: &mut World, what: &str) {
+    let mut looks = Vec::new();
+    for guest in &mut world.guests {
+        let before = guest.snapshot();
+        let (log, marked) = log(before.len());
+        let rings: Vec<_> = guest.rx.iter().chain(&guest.tx).map(|q| (q.index, q.areas)).collect();
+        for (index, areas) in &rings {
+            guest.device.set_log(*index, Some(log.clone()), Some(areas[2].guest));
+        }
+        looks.push((before, marked, rings));
+    }
+    world.settle();
+    for (i, (before, marked, rings)) in looks.into_iter().enumerate() {
+        let (changed, marked) = (changed(&before, &world.guests[i].snapshot()), marked());
+        // Where the position is kept across a crash is no guest memory; here it only lies there.
+        let kept = world.guests[i].inflight_pages();
+        let changed: BTreeSet<u64> = changed.difference(&kept).copied().collect();
+        assert!(!changed.is_empty() && changed.is_subset(&marked), "{what}: {changed:x?} {marked:x?}");
+        // The used ring's page is marked even where the bytes stay as they were. Nothing else is: no sender's buffer, no
+        // indirect table, no part of a receive buffer that stayed empty.
+        let ring = if i == 0 { 1 } else { 0 };
+        let mut allowed = changed;
+        allowed.extend(rings.iter().find(|r| r.0 == ring).map(|r| r.1[2].guest / 4096));
+        assert!(marked.is_subset(&allowed), "{what}: {marked:x?} but not {allowed:x?}");
+    }
+}
+
 #[test]
 fn every_page_that_is_written_while_a_guest_migrates_is_marked_and_no_other() {
     for kind in all_kinds() {
@@ -42,39 +70,52 @@ fn every_page_that_is_written_while_a_guest_migrates_is_marked_and_no_other() {
             let mut world = World::of(&[kind, kind]);
             world.guests[1].offer_all(buffer);
             (0..5).for_each(|i| world.guests[0].send(&frame(0, 1, len, i)));
-            let mut looks = Vec::new();
-            for guest in &mut world.guests {
-                let before = guest.snapshot();
-                let (log, marked) = log(before.len());
-                let rings: Vec<_> = guest.rx.iter().chain(&guest.tx).map(|q| (q.index, q.areas)).collect();
-                for (index, areas) in &rings {
-                    guest.device.set_log(*index, Some(log.clone()), Some(areas[2].guest));
-                }
-                let pages: BTreeSet<u64> = guest.pages_of_buffers(buffer).collect();
-                looks.push((before, marked, rings, pages));
-            }
-            world.settle();
-            for (i, (before, marked, rings, buffers)) in looks.into_iter().enumerate() {
-                let (changed, marked) = (changed(&before, &world.guests[i].snapshot()), marked());
-                // Where the position is kept across a crash is no guest memory; here it only lies there.
-                let kept = world.guests[i].inflight_pages();
-                let changed: BTreeSet<u64> = changed.difference(&kept).copied().collect();
-                assert!(
-                    !changed.is_empty() && changed.is_subset(&marked),
-                    "{kind:?} {len}: {changed:x?} {marked:x?}"
-                );
-                // The used ring's page is marked even where the bytes stay as they were.
-                let used = |index: &u16, area: usize| {
-                    rings.iter().find(|r| r.0 == *index).map(|r| r.1[area].guest / 4096)
-                };
-                let ring = if i == 0 { 1 } else { 0 };
-                let mut allowed = changed;
-                allowed.extend(used(&ring, 2));
-                assert!(marked.is_subset(&allowed), "{kind:?} {len}: {marked:x?} but not {allowed:x?}");
-                assert!(i == 1 || marked.is_disjoint(&buffers), "a sender's buffers were marked");
-            }
+            settle_logged(&mut world, &format!("{kind:?} {len}"));
             let got = world.guests[1].received();
             assert!((0..5).zip(&got).all(|(i, r)| r.bytes == frame(0, 1, len, i)) && got.len() == 5);
+        }
+    }
+}
+
+#[test]
+fn pages_of_receive_chains_in_indirect_tables_are_marked_as_far_as_they_are_written() {
+    for kind in all_kinds() {
+        for (pieces, len) in [
+            (&[12, 1600][..], 100),
+            (&[5, 300, 3000, 5000], 1514),
+            (&[100, 700, 12, 900], 9000),
+            (&[1; 200], 150),
+        ] {
+            let mut world = World::of(&[kind, kind]);
+            for _ in 0..60 {
+                world.guests[1].offer_buffer(0, pieces, true);
+            }
+            (0..5).for_each(|i| world.guests[0].send(&frame(0, 1, len, i)));
+            settle_logged(&mut world, &format!("{kind:?} {pieces:?} {len}"));
+            let got = world.guests[1].received();
+            assert!((0..5).zip(&got).all(|(i, r)| r.bytes == frame(0, 1, len, i)) && got.len() == 5);
+        }
+    }
+}
+
+#[test]
+fn pages_of_frames_that_are_finished_in_software_are_marked() {
+    let over =
+        [(Over::TCP4, GSO_TCPV4), (Over::TCP6, GSO_TCPV6), (Over::UDP4, GSO_UDP), (Over::UDP6, GSO_UDP_L4)];
+    for kind in all_kinds() {
+        for (over, gso) in over {
+            for (pieces, indirect) in [(&[1600][..], false), (&[9, 50, 2000], true), (&[600], false)] {
+                for (gso, len, parts) in [(gso, 8_000, 6), (GSO_NONE, 1_000, 1)] {
+                    let mut world = World::of(&[kind, kind]);
+                    for _ in 0..60 {
+                        world.guests[1].offer_buffer(0, pieces, indirect);
+                    }
+                    let sent = unfinished(over, 3, &payload(len));
+                    world.guests[0].send_as(0, header(over, gso, 1400), &sent, &[12, 14, 20], false);
+                    settle_logged(&mut world, &format!("{kind:?} {over:?} {gso} {pieces:?}"));
+                    assert_eq!(world.guests[1].received().len(), parts, "{kind:?} {over:?} {gso} {pieces:?}");
+                }
+            }
         }
     }
 }

@@ -1,7 +1,9 @@
-//! The switch's data path in one process: guests with real rings, a real bridge, a worker that is stepped by the test.
+//! The switch's data path in one process: guests with real rings, a real bridge, a worker that is stepped by the test (and
+//! two that run, in `contention`).
 
 mod broken;
 mod buffers;
+mod contention;
 mod frames;
 mod guest;
 mod migration;

@@ -2,10 +2,10 @@
 
 use port::DropReason;
 use virtio::features as f;
-use virtio::net::{GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NetHeader};
+use virtio::net::{GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, NetHeader};
 
 use super::guest::all_kinds;
-use super::packets::{Over, unfinished, verified};
+use super::packets::{Over, header, payload, put_together, unfinished, verified};
 use super::world::World;
 
 const EVERYTHING: u64 =
@@ -13,16 +13,6 @@ const EVERYTHING: u64 =
 
 const ALL: [(Over, u8); 4] =
     [(Over::TCP4, GSO_TCPV4), (Over::TCP6, GSO_TCPV6), (Over::UDP4, GSO_UDP_L4), (Over::UDP6, GSO_UDP_L4)];
-
-fn header(over: Over, gso: u8, size: u16) -> NetHeader {
-    let at = 14 + over.network();
-    let header = NetHeader::PLAIN.with_checksum(at as u16, over.checksum() as u16);
-    if gso == GSO_NONE { header } else { header.with_gso(gso, (at + over.transport()) as u16, size) }
-}
-
-fn payload(len: usize) -> Vec<u8> {
-    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
-}
 
 /// Descriptors that cut the headers in unlucky places, or not at all.
 const CUTS: [&[usize]; 3] = [&[], &[12, 14, 20], &[10, 30, 1, 33, 700]];
@@ -98,6 +88,45 @@ fn frames_are_cut_for_a_guest_that_takes_none_unsegmented() {
             world.assert_conserved();
             let segments = world.guests[1].port.tx[0].counters.segments.get();
             assert_eq!(segments, 4 * (6 + 3 + 28));
+        }
+    }
+}
+
+#[test]
+fn udp_left_whole_reaches_those_who_negotiated_just_that_as_it_was_sent_and_others_cut() {
+    let takes = [(GSO_UDP, f::NET_GUEST_UFO), (GSO_UDP_L4, f::NET_GUEST_USO4 | f::NET_GUEST_USO6)];
+    for kind in all_kinds() {
+        for (gso, own) in takes {
+            // Whoever takes one of the two does not take the other, and USO over one version of IP is not enough.
+            let not_own = f::NET_GUEST_UFO | f::NET_GUEST_USO4 | f::NET_GUEST_TSO4;
+            let others = f::NET_GUEST_CSUM | not_own & !if gso == GSO_UDP { own } else { f::NET_GUEST_USO6 };
+            for (features, whole) in [(f::NET_GUEST_CSUM | own, true), (others, false), (0, false)] {
+                let sender = kind.with(f::NET_CSUM | f::NET_HOST_UFO | f::NET_HOST_USO);
+                let mut world = World::of(&[sender, kind.with(features)]);
+                for over in [Over::UDP4, Over::UDP6] {
+                    let (net, sent) = (header(over, gso, 1400), unfinished(over, 1, &payload(8_000)));
+                    world.guests[1].offer_all(if whole { 9_000 } else { 1_600 });
+                    world.guests[0].send_as(0, net, &sent, CUTS[1], false);
+                    world.settle();
+                    let got = world.guests[1].received();
+                    world.guests[0].reclaim_sent();
+                    if whole {
+                        assert_eq!((got.len(), got[0].header), (1, net.with_num_buffers(1)), "{kind:?}");
+                        assert!(got[0].bytes == sent, "{kind:?} {over:?}");
+                        continue;
+                    }
+                    assert_eq!(got.len(), 6, "{kind:?} {over:?} {gso} to {features:#x}");
+                    assert!(got.iter().all(|part| part.header == NetHeader::PLAIN.with_num_buffers(1)));
+                    let parts = got.iter().map(|part| &part.bytes[..]);
+                    let data: Vec<u8> = if gso == GSO_UDP {
+                        verified(over, &put_together(over, parts))
+                    } else {
+                        parts.flat_map(|part| verified(over, part)).collect()
+                    };
+                    assert!(data == payload(8_000), "{kind:?} {over:?}");
+                }
+                world.assert_conserved();
+            }
         }
     }
 }

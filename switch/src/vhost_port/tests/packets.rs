@@ -1,5 +1,7 @@
 //! Frames to send, and what RFC 1071 has to say about those that arrive.
 
+use virtio::net::{GSO_NONE, NetHeader};
+
 /// The address of guest `i`.
 pub(super) fn mac(i: u8) -> [u8; 6] {
     [2, 0, 0, 0, 0, i]
@@ -101,6 +103,52 @@ pub(super) fn unfinished(over: Over, source_port: u16, payload: &[u8]) -> Vec<u8
     ip.extend(payload);
     let kind = if over.ipv6 { [0x86, 0xdd] } else { [8, 0] };
     [&mac(1)[..], &mac(0), &kind, &ip].concat()
+}
+
+/// The virtio-net header of such a packet: the checksum is to be filled in, and it is to be cut to `size`, unless `gso` says
+/// that it is not.
+pub(super) fn header(over: Over, gso: u8, size: u16) -> NetHeader {
+    let at = 14 + over.network();
+    let header = NetHeader::PLAIN.with_checksum(at as u16, over.checksum() as u16);
+    if gso == GSO_NONE { header } else { header.with_gso(gso, (at + over.transport()) as u16, size) }
+}
+
+/// `len` bytes, no two neighbours alike.
+pub(super) fn payload(len: usize) -> Vec<u8> {
+    (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
+}
+
+/// The datagram that IP fragments make up: asserts that they are all there, in order.
+pub(super) fn put_together<'f>(over: Over, fragments: impl ExactSizeIterator<Item = &'f [u8]>) -> Vec<u8> {
+    let (mut front, mut together, count) = (Vec::new(), Vec::new(), fragments.len());
+    for (i, fragment) in fragments.enumerate() {
+        let ip = &fragment[14..];
+        let (place, unit, more, behind) = if over.ipv6 {
+            assert_eq!((ip[6], ip[40]), (44, 17), "a fragment header, and UDP behind it");
+            let place = u16::from_be_bytes([ip[42], ip[43]]);
+            (place >> 3, 8, place & 1, 48)
+        } else {
+            assert_eq!(sum(&ip[..20]), 0xffff, "IPv4 header checksum");
+            let place = u16::from_be_bytes([ip[6], ip[7]]);
+            (place & 0x1fff, 8, place >> 13, 20)
+        };
+        assert_eq!((usize::from(place) * unit, more), (together.len(), u16::from(i + 1 < count)));
+        together.extend(&ip[behind..]);
+        if i == 0 {
+            front = fragment[..14 + over.network()].to_vec();
+        }
+    }
+    if over.ipv6 {
+        front[14 + 6] = 17;
+        front[14 + 4..14 + 6].copy_from_slice(&(together.len() as u16).to_be_bytes());
+    } else {
+        front[14 + 2..14 + 4].copy_from_slice(&(20 + together.len() as u16).to_be_bytes());
+        front[14 + 6..14 + 8].fill(0);
+        front[14 + 10..14 + 12].fill(0);
+        let check = (!sum(&front[14..34])).to_be_bytes();
+        front[14 + 10..14 + 12].copy_from_slice(&check);
+    }
+    [front, together].concat()
 }
 
 /// Asserts that the checksums of `frame` are right and its lengths agree; returns its payload.

@@ -108,10 +108,16 @@ impl Stock {
         self.arena.get(at..at + usize::from(chain.more)).unwrap_or_default()
     }
 
-    /// Whether a chain of any length still fits: a fetch that finds none must stop.
+    /// How many more chains of one buffer fit.
     #[inline(always)]
-    pub(super) fn has_room(&self) -> bool {
-        self.len() <= self.mask as usize
+    pub(super) fn room(&self) -> usize {
+        (self.mask as usize + 1).saturating_sub(self.len())
+    }
+
+    /// To add chains in a loop: what changes is kept apart until [`Extend::finish`].
+    #[inline(always)]
+    pub(super) fn extend(&mut self) -> Extend<'_> {
+        Extend { chains: &mut self.chains, mask: self.mask, at: self.tail, tail: &mut self.tail }
     }
 
     #[inline(always)]
@@ -187,6 +193,29 @@ impl Stock {
             self.arena_tail = end % ARENA;
         }
         self.push(chain);
+    }
+}
+
+/// Chains being added to a stock that has room for them.
+pub(super) struct Extend<'s> {
+    chains: &'s mut [Chain],
+    mask: u32,
+    at: u32,
+    tail: &'s mut u32,
+}
+
+impl Extend<'_> {
+    #[inline(always)]
+    pub(super) fn push(&mut self, chain: Chain) {
+        // SAFETY: `chains` holds `mask + 1` entries.
+        unsafe { *self.chains.get_unchecked_mut((self.at & self.mask) as usize) = chain };
+        self.at = self.at.wrapping_add(1);
+    }
+
+    /// What was added is in stock from now on.
+    #[inline(always)]
+    pub(super) fn finish(self) {
+        *self.tail = self.at;
     }
 }
 

@@ -6,9 +6,12 @@
 //! fetched again when it starts: the device holds nothing that the driver could miss.
 
 mod chain;
+mod inflight;
 mod packed;
 mod setup;
 mod split;
+
+use crate::memory::copy::full_fence;
 
 pub use chain::{Buffer, Chain, MAX_CHAIN, Stock};
 pub use packed::PackedRing;
@@ -45,8 +48,22 @@ pub trait Ring {
     /// The first chain in stock is used; `written` bytes were written to it.
     fn use_written(&mut self, written: u32);
 
-    /// Makes everything used since the last call visible to the driver. True if the driver wants to be notified.
-    fn publish(&mut self) -> bool;
+    /// Makes everything used since the last call visible to the driver; false if there is nothing. Whether the driver wants
+    /// to be notified is then still to be asked.
+    fn make_visible(&mut self) -> bool;
+
+    /// Whether the driver wants to be notified of what became visible since it was last asked. To be called after a
+    /// [`full_fence`]: the driver sets its wish, then looks at the ring; we the other way round (sections 2.7.7.2, 2.8.10).
+    fn notification_wanted(&mut self) -> bool;
+
+    /// Makes everything used visible. True if the driver wants to be notified.
+    #[inline(always)]
+    fn publish(&mut self) -> bool {
+        self.make_visible() && {
+            full_fence();
+            self.notification_wanted()
+        }
+    }
 
     /// Asks the driver for notifications (or, with `false`, for none).
     fn set_notify(&mut self, on: bool);

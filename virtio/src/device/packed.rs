@@ -4,11 +4,12 @@
 //! hands out only checked chains. Where the front end keeps an inflight region, the position is written there once a burst,
 //! so that a crashed device resumes. Never allocates, never blocks, never knows what the buffers are for.
 
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering, compiler_fence};
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::Ring;
 use super::chain::{Chain, Stock, Walk, table_entry};
-use super::setup::{Direction, InflightArea, RingError, RingSetup};
+use super::inflight::Inflight;
+use super::setup::{Direction, RingError, RingSetup};
 use crate::event::need_event;
 use crate::features;
 use crate::memory::copy::{full_fence, prefetch_read, prefetch_write};
@@ -17,16 +18,16 @@ use crate::memory::split::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor};
 
 /// A position in the ring and the wrap counter that goes with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
-    at: u16,
-    wrap: bool,
+pub(super) struct Position {
+    pub(super) at: u16,
+    pub(super) wrap: bool,
 }
 
 impl Position {
-    const START: Position = Position { at: 0, wrap: true };
+    pub(super) const START: Position = Position { at: 0, wrap: true };
 
     #[inline(always)]
-    fn advance(&mut self, by: u16, size: u16) {
+    pub(super) fn advance(&mut self, by: u16, size: u16) {
         self.at += by;
         if self.at >= size {
             self.at -= size;
@@ -35,7 +36,7 @@ impl Position {
     }
 
     /// As the low or high half of SET_VRING_BASE and the event areas have it.
-    fn bits(self) -> u16 {
+    pub(super) fn bits(self) -> u16 {
         self.at | u16::from(self.wrap) << 15
     }
 
@@ -43,18 +44,38 @@ impl Position {
         Self { at: bits & 0x7fff, wrap: bits >> 15 == 1 }
     }
 
+    /// AVAIL and USED of a descriptor that is available at this position.
+    #[inline(always)]
+    pub(super) fn available_flags(self) -> u16 {
+        if self.wrap { AVAIL } else { USED }
+    }
+
     /// Whether a descriptor with these flags at this position is available.
     #[inline(always)]
     fn available(self, flags: u16) -> bool {
-        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
-        avail == self.wrap && used != self.wrap
+        flags & (AVAIL | USED) == self.available_flags()
+    }
+
+    /// Whether a descriptor with these flags at this position is used.
+    #[inline(always)]
+    pub(super) fn used(self, flags: u16) -> bool {
+        flags & (AVAIL | USED) == self.used_flags()
     }
 
     /// AVAIL and USED of a descriptor that is used at this position.
     #[inline(always)]
-    fn used_flags(self) -> u16 {
+    pub(super) fn used_flags(self) -> u16 {
         if self.wrap { AVAIL | USED } else { 0 }
     }
+}
+
+/// A used chain that the driver was not told of yet.
+#[derive(Clone, Copy)]
+struct Done {
+    /// The used descriptor's second half, without AVAIL and USED.
+    word: u64,
+    /// Descriptors that it stands for.
+    slots: u16,
 }
 
 /// The device side of a packed ring.
@@ -69,9 +90,13 @@ pub struct PackedRing {
     next: Position,
     /// Next descriptor to mark used.
     used: Position,
-    /// The first used descriptor since the last publish: written last.
-    first: Option<(Position, u16, u32)>,
-    published: Position,
+    /// Used since the last publish, oldest first: the ring is written when they are published, so that a device which dies
+    /// before leaves it as the driver made it.
+    done: Box<[Done]>,
+    /// How many of `done`.
+    pending: usize,
+    /// Where `used` was when the driver was last asked whether it wants to be notified.
+    asked: Position,
     /// Descriptors between `used` and `next`: never more than the ring has, whatever the driver claims.
     held: u16,
     hot: usize,
@@ -114,8 +139,9 @@ impl PackedRing {
             in_order: setup.features & features::IN_ORDER != 0,
             next: position,
             used: position,
-            first: None,
-            published: position,
+            done: vec![Done { word: 0, slots: 0 }; usize::from(size)].into(),
+            pending: 0,
+            asked: position,
             held: 0,
             hot: 0,
             stock: Stock::new(size),
@@ -188,26 +214,107 @@ impl PackedRing {
         Ok(true)
     }
 
+    /// Brings single buffers of the right direction into stock until there are `want`. Returns the descriptor at which it
+    /// stopped, if one is available there.
     #[inline(always)]
-    fn put(&mut self, id: u16, written: u32, slots: u16) {
-        if self.first.is_none() {
-            self.first = Some((self.used, id, written));
-        } else {
-            self.write(self.used, id, written, Ordering::Relaxed);
-        }
-        self.used.advance(slots, self.size);
-        self.held -= slots;
+    fn fetch_singles(&mut self, want: usize) -> Result<Option<Descriptor>, RingError> {
+        let most = want.saturating_sub(self.stock.len()).min(usize::from(self.size - self.held));
+        let write = self.setup.direction == Direction::Write;
+        // Everything that changes with each descriptor is kept in registers: this loop runs for every frame.
+        let (ring, size, mut next) = (self.descriptors, self.size, self.next);
+        let mut near = self.setup.memory.region_near(self.hot);
+        let mut stock = self.stock.extend();
+        let mut n = 0;
+        let stop = loop {
+            if n == most {
+                break Ok(None);
+            }
+            if n % 4 == 0 && n + 16 < most {
+                ring.prefetch_at(next.at + 16, write);
+            }
+            let d = ring.get(next.at);
+            let flags = d.b & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT | AVAIL | USED);
+            if flags != self.plain | next.available_flags() {
+                break Ok(next.available(d.b).then_some(d));
+            }
+            let ptr = match near.translate(d.address, d.len) {
+                Some(ptr) => ptr,
+                None => match self.setup.memory.translate(&mut self.hot, d.address, d.len) {
+                    Some(ptr) => {
+                        near = self.setup.memory.region_near(self.hot);
+                        ptr
+                    }
+                    None => break Err(RingError::Address { index: next.at, address: d.address, len: d.len }),
+                },
+            };
+            // The frame begins behind a header of 12 bytes, perhaps in the next cache line.
+            if write {
+                prefetch_write(ptr.wrapping_add(12))
+            } else {
+                prefetch_read(ptr.wrapping_add(12))
+            }
+            stock.push(Chain::single(ptr, d.len, d.a));
+            next.advance(1, size);
+            n += 1;
+        };
+        stock.finish();
+        self.held += n as u16;
+        self.next = next;
+        compiler_fence(Ordering::Acquire);
+        stop
     }
 
     #[inline(always)]
-    fn write(&self, position: Position, id: u16, written: u32, order: Ordering) {
-        let flags = position.used_flags() | if written > 0 { DESC_WRITE } else { 0 };
-        self.descriptors.put(position.at, id, written, flags, order);
-        if let (Some(log), Some(at)) = (&self.setup.log, self.setup.log_used) {
+    fn put(&mut self, id: u16, written: u32, slots: u16) {
+        let write = if written > 0 { DESC_WRITE } else { 0 };
+        let word = u64::from(written) | u64::from(id) << 32 | u64::from(write) << 48;
+        if let Some(done) = self.done.get_mut(self.pending) {
+            *done = Done { word, slots };
+            self.pending += 1;
+        }
+    }
+
+    /// Writes `done` to the ring, in order. Each used descriptor stands for itself, and is complete when it is seen.
+    #[inline(always)]
+    fn write(&mut self, done: std::ops::Range<usize>) {
+        let (ring, size, mut used) = (self.descriptors, self.size, self.used);
+        let mut slots = 0;
+        for done in self.done.get(done).unwrap_or_default() {
+            ring.put(used.at, done.word | u64::from(used.used_flags()) << 48);
+            used.advance(done.slots, size);
+            slots += done.slots;
+        }
+        self.held -= slots;
+        self.used = used;
+    }
+
+    /// As [`Self::write`], of all that is pending, with the position kept in the inflight area: in runs of which a successor
+    /// can tell how far they got.
+    #[inline(never)]
+    fn write_with_inflight(&mut self, inflight: Inflight) {
+        let mut from = 0;
+        while let Some(done) = self.done.get(from..self.pending).filter(|d| !d.is_empty()) {
+            let singles = done.iter().take_while(|d| d.slots == 1).count();
+            let run = singles.max(1);
+            let mut end = self.used;
+            end.advance(done.iter().take(run).map(|d| d.slots).sum(), self.size);
+            inflight.intend(self.used, end, singles > 0);
+            self.write(from..from + run);
+            inflight.commit(end);
+            from += run;
+        }
+    }
+
+    /// Marks the pages of the used descriptors from `from` to here as written.
+    #[cold]
+    fn log_used(&self, mut from: Position) {
+        let Some(log) = &self.setup.log else { return };
+        if let Some(at) = self.setup.log_used {
             log.mark(at, 4);
         }
-        if let Some(log) = &self.setup.log {
-            log.mark(self.setup.descriptors.guest + u64::from(position.at) * 16, 16);
+        while from != self.used {
+            log.mark(self.setup.descriptors.guest + u64::from(from.at) * 16, 16);
+            from.advance(1, self.size);
         }
     }
 }
@@ -219,35 +326,22 @@ impl Ring for PackedRing {
             return Ok(0);
         }
         for line in 1..=4 {
-            let ahead = self.next.at + 4 * line;
-            let at = if ahead >= self.size { ahead - self.size } else { ahead };
-            self.descriptors.prefetch(at);
+            self.descriptors.prefetch_at(self.next.at + 4 * line, false);
         }
         Ok(want.min(32))
     }
 
     #[inline(always)]
     fn fetch(&mut self, want: usize) -> Result<usize, RingError> {
-        let write = self.setup.direction == Direction::Write;
-        while self.stock.len() < want && self.held < self.size {
-            let d = self.descriptors.get(self.next.at);
-            if !self.next.available(d.b) {
-                break;
+        if self.stock.len() < want && self.setup.direction == Direction::Write {
+            // Used descriptors will be written to these lines soon: better to get them once, to write, than twice.
+            let missing = (want - self.stock.len()).min(64) as u16 + 3;
+            for ahead in (0..missing).step_by(4) {
+                self.descriptors.prefetch_at(self.next.at.wrapping_add(ahead), true);
             }
-            compiler_fence(Ordering::Acquire);
-            if d.b & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == self.plain {
-                let Some(ptr) = self.setup.memory.translate(&mut self.hot, d.address, d.len) else {
-                    return Err(RingError::Address { index: self.next.at, address: d.address, len: d.len });
-                };
-                if write {
-                    prefetch_write(ptr.wrapping_add(12))
-                } else {
-                    prefetch_read(ptr.wrapping_add(12))
-                }
-                self.stock.push(Chain::single(ptr, d.len, d.a));
-                self.held += 1;
-                self.next.advance(1, self.size);
-            } else if !self.walk(d)? {
+        }
+        while let Some(d) = self.fetch_singles(want)? {
+            if !self.walk(d)? {
                 break;
             }
         }
@@ -298,19 +392,26 @@ impl Ring for PackedRing {
     }
 
     #[inline(always)]
-    fn publish(&mut self) -> bool {
-        let Some((position, id, written)) = self.first.take() else { return false };
-        let inflight = self.setup.inflight.as_ref().and_then(Inflight::of);
-        if let Some(inflight) = inflight {
-            inflight.intend(self.used);
+    fn make_visible(&mut self) -> bool {
+        if self.pending == 0 {
+            return false;
         }
-        self.write(position, id, written, Ordering::Release);
-        if let Some(inflight) = inflight {
-            inflight.commit(self.used);
+        let from = self.used;
+        match self.setup.inflight.as_ref().and_then(Inflight::of) {
+            None => self.write(0..self.pending),
+            Some(inflight) => self.write_with_inflight(inflight),
         }
-        let (old, new) = (self.published, self.used);
-        self.published = new;
-        full_fence();
+        self.pending = 0;
+        if self.setup.log.is_some() {
+            self.log_used(from);
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn notification_wanted(&mut self) -> bool {
+        let (old, new) = (self.asked, self.used);
+        self.asked = new;
         let (event, flags) = self.driver.get();
         match flags {
             Events::DESCRIPTOR => {
@@ -333,93 +434,12 @@ impl Ring for PackedRing {
 
     #[inline(always)]
     fn prefetch_ahead(&self, descriptors: u16) {
-        let mut ahead = 0;
-        while ahead < descriptors {
-            let at = self.next.at + ahead;
-            self.descriptors.prefetch_write(if at >= self.size { at - self.size } else { at });
-            ahead += 4;
+        for ahead in (0..descriptors).step_by(4) {
+            self.descriptors.prefetch_at(self.next.at + ahead, true);
         }
     }
 
     fn base(&self) -> u32 {
         u32::from(self.used.bits()) << 16 | u32::from(self.used.bits())
-    }
-}
-
-/// The header of a packed queue's inflight region (vhost-user, "Inflight I/O tracking", packed virtqueue). A device that
-/// completes in order needs no list of descriptors: the used position is all there is to know.
-#[derive(Clone, Copy)]
-struct Inflight {
-    at: *mut u8,
-}
-
-impl Inflight {
-    /// Bytes of the header.
-    const BYTES: usize = 32;
-    const VERSION: usize = 8;
-    const DESC_NUM: usize = 10;
-    const USED: usize = 16;
-    const OLD_USED: usize = 18;
-    const USED_WRAP: usize = 20;
-    const OLD_USED_WRAP: usize = 21;
-    /// A byte of the padding: 1 once a ring ran on this region.
-    const STARTED: usize = 22;
-
-    #[inline(always)]
-    fn of(area: &InflightArea) -> Option<Self> {
-        let fits = area.range.len >= Self::BYTES && (area.range.ptr as usize).is_multiple_of(8);
-        fits.then_some(Self { at: area.range.ptr })
-    }
-
-    #[inline(always)]
-    fn word(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: even offsets below BYTES of an area that `of` checked and that its `InflightArea` keeps mapped.
-        unsafe { AtomicU16::from_ptr(self.at.add(offset) as *mut u16) }
-    }
-
-    #[inline(always)]
-    fn byte(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: as above.
-        unsafe { AtomicU8::from_ptr(self.at.add(offset)) }
-    }
-
-    fn in_use(&self, size: u16) -> bool {
-        self.byte(Self::STARTED).load(Ordering::Relaxed) == 1
-            && self.word(Self::DESC_NUM).load(Ordering::Relaxed) == size
-    }
-
-    /// The position after a crash. Between [`Inflight::intend`] and [`Inflight::commit`] the two differ: the batch was
-    /// published if its first descriptor says so.
-    fn recover(&self, descriptors: &Descriptors, size: u16) -> Result<Position, RingError> {
-        let load = |at, wrap| Position {
-            at: self.word(at).load(Ordering::Relaxed),
-            wrap: self.byte(wrap).load(Ordering::Relaxed) != 0,
-        };
-        let (old, new) = (load(Self::OLD_USED, Self::OLD_USED_WRAP), load(Self::USED, Self::USED_WRAP));
-        if old.at >= size || new.at >= size {
-            return Err(RingError::Base(u32::from(old.bits()) << 16 | u32::from(new.bits())));
-        }
-        let published = (descriptors.flags(old.at) & USED != 0) == old.wrap;
-        Ok(if published { new } else { old })
-    }
-
-    fn begin(&self, size: u16, position: Position) {
-        self.word(Self::VERSION).store(1, Ordering::Relaxed);
-        self.word(Self::DESC_NUM).store(size, Ordering::Relaxed);
-        self.intend(position);
-        self.commit(position);
-        self.byte(Self::STARTED).store(1, Ordering::Release);
-    }
-
-    #[inline(always)]
-    fn intend(&self, position: Position) {
-        self.byte(Self::USED_WRAP).store(u8::from(position.wrap), Ordering::Relaxed);
-        self.word(Self::USED).store(position.at, Ordering::Release);
-    }
-
-    #[inline(always)]
-    fn commit(&self, position: Position) {
-        self.word(Self::OLD_USED).store(position.at, Ordering::Release);
-        self.byte(Self::OLD_USED_WRAP).store(u8::from(position.wrap), Ordering::Release);
     }
 }

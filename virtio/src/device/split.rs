@@ -35,6 +35,8 @@ pub struct SplitRing {
     used_next: u16,
     /// What `used.index` is set to.
     published: u16,
+    /// What it was when the driver was last asked whether it wants to be notified.
+    asked: u16,
     hot: usize,
     stock: Stock,
     setup: RingSetup,
@@ -78,6 +80,7 @@ impl SplitRing {
             seen: next,
             used_next: next,
             published: next,
+            asked: next,
             hot: 0,
             stock: Stock::new(size),
             setup,
@@ -100,24 +103,64 @@ impl SplitRing {
         Ok(())
     }
 
-    /// The head of the next chain.
-    #[inline(always)]
-    fn next_head(&self) -> Result<u16, RingError> {
-        if self.in_order && self.follows {
-            return Ok(self.next_descriptor);
-        }
-        let index = self.avail.entry(self.next);
-        if index > self.mask {
-            return Err(RingError::Index { index: u32::from(index), size: u32::from(self.size) });
-        }
-        Ok(index)
-    }
-
     #[inline(always)]
     fn advance(&mut self, head: u16, slots: u16) {
         self.next = self.next.wrapping_add(1);
         self.next_descriptor = head.wrapping_add(slots) & self.mask;
         self.follows = true;
+    }
+
+    /// Brings up to `most` single buffers of the right direction into stock; so many are available. Returns how many, and the
+    /// descriptor at which it stopped.
+    #[inline(always)]
+    fn fetch_singles(&mut self, most: usize) -> Result<(usize, Option<(u16, Descriptor)>), RingError> {
+        let most = most.min(self.stock.room());
+        let write = self.setup.direction == Direction::Write;
+        // Everything that changes with each descriptor is kept in registers: this loop runs for every frame.
+        let (table, avail, mask) = (self.table, self.avail, self.mask);
+        let (mut next, mut follower) = (self.next, self.next_descriptor);
+        let mut follows = self.in_order && self.follows;
+        let mut near = self.setup.memory.region_near(self.hot);
+        let mut stock = self.stock.extend();
+        let mut n = 0;
+        let stop = loop {
+            if n == most {
+                break Ok(None);
+            }
+            let head = if follows { follower } else { avail.entry(next) };
+            if head > mask {
+                break Err(RingError::Index { index: u32::from(head), size: u32::from(mask) + 1 });
+            }
+            let d = table.get(head);
+            if d.a & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) != self.plain {
+                break Ok(Some((head, d)));
+            }
+            let ptr = match near.translate(d.address, d.len) {
+                Some(ptr) => ptr,
+                None => match self.setup.memory.translate(&mut self.hot, d.address, d.len) {
+                    Some(ptr) => {
+                        near = self.setup.memory.region_near(self.hot);
+                        ptr
+                    }
+                    None => break Err(RingError::Address { index: head, address: d.address, len: d.len }),
+                },
+            };
+            // The frame begins behind a header of 12 bytes, perhaps in the next cache line.
+            if write {
+                prefetch_write(ptr.wrapping_add(12))
+            } else {
+                prefetch_read(ptr.wrapping_add(12))
+            }
+            stock.push(Chain::single(ptr, d.len, head));
+            next = next.wrapping_add(1);
+            follower = head.wrapping_add(1) & mask;
+            follows = self.in_order;
+            n += 1;
+        };
+        stock.finish();
+        (self.next, self.next_descriptor) = (next, follower);
+        self.follows |= n > 0;
+        stop.map(|stop| (n, stop))
     }
 
     /// A chain of several buffers, or one that breaks a rule. False: no room for it now.
@@ -190,6 +233,12 @@ impl Ring for SplitRing {
             self.refresh()?;
             ready = self.seen.wrapping_sub(self.next);
             if ready == 0 {
+                // What the driver writes before the index is then here when the index is.
+                if self.in_order && self.follows {
+                    self.table.prefetch(self.next_descriptor);
+                } else {
+                    self.avail.prefetch(self.next);
+                }
                 return Ok(0);
             }
         }
@@ -212,6 +261,10 @@ impl Ring for SplitRing {
     #[inline(always)]
     fn fetch(&mut self, want: usize) -> Result<usize, RingError> {
         let have = self.stock.len();
+        if self.setup.direction == Direction::Write {
+            // The driver watches these lines: fetched now, they are here when they are to be written.
+            self.used.prefetch(self.used_next);
+        }
         if have >= want {
             return Ok(have);
         }
@@ -219,27 +272,16 @@ impl Ring for SplitRing {
         if usize::from(self.seen.wrapping_sub(self.next)) < missing {
             self.refresh()?;
         }
-        let n = usize::from(self.seen.wrapping_sub(self.next)).min(missing);
-        let write = self.setup.direction == Direction::Write;
-        for _ in 0..n {
-            if !self.stock.has_room() {
-                break;
-            }
-            let head = self.next_head()?;
-            let d = self.table.get(head);
-            if d.a & (DESC_NEXT | DESC_WRITE | DESC_INDIRECT) == self.plain {
-                let Some(ptr) = self.setup.memory.translate(&mut self.hot, d.address, d.len) else {
-                    return Err(RingError::Address { index: head, address: d.address, len: d.len });
-                };
-                // The frame begins behind a header of 12 bytes, perhaps in the next cache line.
-                if write {
-                    prefetch_write(ptr.wrapping_add(12))
-                } else {
-                    prefetch_read(ptr.wrapping_add(12))
+        let mut left = usize::from(self.seen.wrapping_sub(self.next)).min(missing);
+        while left > 0 {
+            let (taken, stop) = self.fetch_singles(left)?;
+            left -= taken;
+            if let Some((head, d)) = stop {
+                if !self.walk(head, d)? {
+                    break;
                 }
-                self.stock.push(Chain::single(ptr, d.len, head));
-                self.advance(head, 1);
-            } else if !self.walk(head, d)? {
+                left -= 1;
+            } else if taken == 0 {
                 break;
             }
         }
@@ -289,18 +331,22 @@ impl Ring for SplitRing {
     }
 
     #[inline(always)]
-    fn publish(&mut self) -> bool {
-        let (old, new) = (self.published, self.used_next);
-        if old == new {
+    fn make_visible(&mut self) -> bool {
+        if self.published == self.used_next {
             return false;
         }
-        self.used.publish(new);
-        self.published = new;
+        self.used.publish(self.used_next);
+        self.published = self.used_next;
         if let (Some(log), Some(at)) = (&self.setup.log, self.setup.log_used) {
             log.mark(at, 4);
         }
-        // The driver sets its flags or event, then looks at the index; we the other way round (section 2.7.7.2).
-        full_fence();
+        true
+    }
+
+    #[inline(always)]
+    fn notification_wanted(&mut self) -> bool {
+        let (old, new) = (self.asked, self.published);
+        self.asked = new;
         if self.event_idx {
             need_event(self.avail.used_event(), new, old)
         } else {

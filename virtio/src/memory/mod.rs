@@ -29,6 +29,16 @@ pub struct Region {
     pub host: *mut u8,
 }
 
+impl Region {
+    /// Where `len` bytes at guest-physical `addr` are, if they all lie in this region. Never in an empty one.
+    #[inline(always)]
+    pub fn translate(&self, addr: u64, len: u32) -> Option<*mut u8> {
+        let offset = addr.wrapping_sub(self.guest);
+        (offset < self.size && self.size - offset >= u64::from(len))
+            .then(|| self.host.wrapping_add(offset as usize))
+    }
+}
+
 /// Why regions were refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegionError {
@@ -121,30 +131,27 @@ impl GuestMemory {
         &self.regions
     }
 
+    /// The region that `hot` remembers, or an empty one: for loops that translate many addresses of the same region.
+    #[inline(always)]
+    pub fn region_near(&self, hot: usize) -> Region {
+        const NONE: Region = Region { guest: 0, user: 0, size: 0, host: std::ptr::null_mut() };
+        self.regions.get(hot).copied().unwrap_or(NONE)
+    }
+
     /// Where `len` bytes at guest-physical `addr` are, if they all lie in one region. `hot` remembers the region that
     /// matched last: descriptors of one ring tend to stay in one.
     #[inline(always)]
     pub fn translate(&self, hot: &mut usize, addr: u64, len: u32) -> Option<*mut u8> {
-        if let Some(r) = self.regions.get(*hot) {
-            let offset = addr.wrapping_sub(r.guest);
-            if offset < r.size && r.size - offset >= u64::from(len) {
-                return Some(r.host.wrapping_add(offset as usize));
-            }
-        }
-        self.search(hot, addr, len)
+        self.region_near(*hot).translate(addr, len).or_else(|| self.search(hot, addr, len))
     }
 
     #[cold]
     #[inline(never)]
     fn search(&self, hot: &mut usize, addr: u64, len: u32) -> Option<*mut u8> {
-        for (i, r) in self.regions.iter().enumerate() {
-            let offset = addr.wrapping_sub(r.guest);
-            if offset < r.size && r.size - offset >= u64::from(len) {
-                *hot = i;
-                return Some(r.host.wrapping_add(offset as usize));
-            }
-        }
-        None
+        let (i, at) =
+            self.regions.iter().enumerate().find_map(|(i, r)| Some((i, r.translate(addr, len)?)))?;
+        *hot = i;
+        Some(at)
     }
 
     /// The range of `len` bytes at the front end's address `user` (ring addresses), if it lies in one region.

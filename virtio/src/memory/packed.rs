@@ -50,25 +50,19 @@ impl Ring {
         unsafe { read_descriptor(self.slot(position)) }
     }
 
-    /// Writes the used descriptor at `position`: length, id and flags in one store. The address is left as it was. For the
-    /// first descriptor of a batch this is the publish and comes last: `Release` orders all others before it.
+    /// Writes the second half of the used descriptor at `position` in one store: length, id << 32, flags << 48. The address is
+    /// left as it was. All that was written before is visible to whoever sees it (release).
     #[inline(always)]
-    pub fn put(&self, position: u16, id: u16, len: u32, flags: u16, order: Ordering) {
-        let value = u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48;
+    pub fn put(&self, position: u16, word: u64) {
         // SAFETY: inside the area that `new` checked; offset 8 of an aligned descriptor is aligned to 8.
-        unsafe { AtomicU64::from_ptr(self.slot(position).add(8) as *mut u64) }.store(value, order);
+        unsafe { AtomicU64::from_ptr(self.slot(position).add(8) as *mut u64) }.store(word, Ordering::Release);
     }
 
-    /// Starts fetching the cache line of the descriptor at `position`, to read it.
+    /// Starts fetching the cache line of the descriptor at `position`, at most a lap ahead, to read or to write it.
     #[inline(always)]
-    pub fn prefetch(&self, position: u16) {
-        prefetch_read(self.slot(position));
-    }
-
-    /// The same, to write it.
-    #[inline(always)]
-    pub fn prefetch_write(&self, position: u16) {
-        prefetch_write(self.slot(position));
+    pub fn prefetch_at(&self, position: u16, write: bool) {
+        let slot = self.slot(if position >= self.size { position - self.size } else { position });
+        if write { prefetch_write(slot) } else { prefetch_read(slot) }
     }
 }
 

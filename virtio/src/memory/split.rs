@@ -4,10 +4,10 @@
 //! index is masked here, so no index can leave its area.
 
 use std::arch::x86_64::{__m128i, _mm_extract_epi64};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::HostRange;
-use super::copy::prefetch_read;
+use super::copy::{prefetch_read, prefetch_write};
 
 /// This descriptor continues in `next`.
 pub const DESC_NEXT: u16 = 1;
@@ -128,6 +128,12 @@ impl Avail {
         self.field(4 + 2 * usize::from(position & self.mask)).load(Ordering::Relaxed)
     }
 
+    /// Starts fetching the cache line of entry `position`.
+    #[inline(always)]
+    pub fn prefetch(&self, position: u16) {
+        prefetch_read(self.at.wrapping_add(4 + 2 * usize::from(position & self.mask)));
+    }
+
     /// used_event: the driver wants a notification when this used index was passed.
     #[inline(always)]
     pub fn used_event(&self) -> u16 {
@@ -165,17 +171,19 @@ impl Used {
     pub fn put(&self, position: u16, id: u16, len: u32) {
         let at = self.at.wrapping_add(Self::offset(position & self.mask));
         let element = u64::from(id) | u64::from(len) << 32;
-        if (at as usize).is_multiple_of(8) {
-            // SAFETY: inside the area that `new` checked, and aligned to 8 here.
-            unsafe { AtomicU64::from_ptr(at as *mut u64) }.store(element, Ordering::Relaxed);
-        } else {
-            // The ring is only guaranteed to be aligned to 4 and its elements begin at 4: one unaligned store is still
-            // what every driver expects, since it reads an element only after the index was published.
-            // SAFETY: as above; x86 allows unaligned stores.
-            unsafe {
-                std::arch::asm!("mov [{}], {}", in(reg) at, in(reg) element, options(nostack, preserves_flags))
-            };
-        }
+        // The ring is only guaranteed to be aligned to 4: one store that may be unaligned is what every driver expects, since
+        // it reads an element only after the index was published.
+        // SAFETY: inside the area that `new` checked; x86 allows unaligned stores.
+        unsafe {
+            std::arch::asm!("mov [{}], {}", in(reg) at, in(reg) element, options(nostack, preserves_flags))
+        };
+    }
+
+    /// Starts fetching the lines that publishing element `position` will write.
+    #[inline(always)]
+    pub fn prefetch(&self, position: u16) {
+        prefetch_write(self.at.wrapping_add(Self::offset(position & self.mask)));
+        prefetch_write(self.at);
     }
 
     /// Offset of element `position` (already masked) in the area.

@@ -153,7 +153,8 @@ impl Default for BurstBuffer {
 
 /// What a receive queue does when a burst ends: the frames go back to their sender, in one publish.
 pub trait Release {
-    /// Returns the burst's frames to the sender.
+    /// Returns the burst's frames to the sender. All memory writes before it are ordered before all reads after it, so that
+    /// those to whom the frames were sent can be notified at the price of one fence for all.
     fn release(&mut self);
 
     /// Counts the frames of `set` (`bytes` in all) as dropped on the way in.

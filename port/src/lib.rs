@@ -47,6 +47,11 @@ pub trait TxQueue {
     /// descriptors are still on their way to this core.
     fn prepare(&mut self, frames: usize);
 
-    /// Copies the frames of `set` out. Each is sent or counted under one [`DropReason`] of this queue.
+    /// Copies the frames of `set` out. Each is sent or counted under one [`DropReason`] of this queue. The receiver may
+    /// sleep on until [`TxQueue::notify`].
     fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, scratch: &mut Scratch);
+
+    /// Wakes the receiver if it asked for that. All writes of `send` must be ordered before (a full memory fence, as
+    /// [`Release::release`] ends with one).
+    fn notify(&mut self);
 }

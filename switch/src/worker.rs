@@ -212,6 +212,9 @@ fn poll(plan: &Plan, queue: &RxSlot, clock: Clock, tools: &mut Tools) -> usize {
         *polled.likely = port;
     }
     burst.release();
+    if let Some(tx) = &mut ahead {
+        tx.notify();
+    }
     frames
 }
 

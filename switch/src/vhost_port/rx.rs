@@ -11,7 +11,7 @@ use port::{
     Release, RxQueue, Segment,
 };
 use virtio::device::{Buffer, Chain, Ring, RingError, Stock};
-use virtio::memory::copy::{copy, read_head, read_net_header};
+use virtio::memory::copy::{copy, full_fence, read_head, read_net_header};
 use virtio::with_ring;
 
 use super::{PortShared, RunningRing, RxSlot, RxState};
@@ -314,7 +314,9 @@ impl Release for RxRing<'_> {
         let taken = std::mem::take(&mut self.taken);
         let wanted = with_ring!(&mut self.running.ring, r => {
             r.use_read(taken);
-            r.publish()
+            r.make_visible();
+            full_fence();
+            r.notification_wanted()
         });
         if wanted {
             self.running.signal();

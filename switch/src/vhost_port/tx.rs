@@ -6,7 +6,7 @@
 
 use port::{Burst, DropReason, FrameSet, HEAD, Scratch, TagEdit, TxQueue};
 use virtio::device::{Ring, RingError};
-use virtio::memory::copy::{copy, copy_64, prefetch_write, write_net_header};
+use virtio::memory::copy::{copy, copy_64, full_fence, prefetch_write, write_net_header};
 use virtio::with_ring;
 
 use super::{RunningRing, TxSlot};
@@ -30,13 +30,15 @@ const PREFETCH_DESCRIPTORS: u16 = 64;
 pub struct TxRing<'c> {
     claim: Claim<'c, Option<RunningRing>>,
     slot: &'c TxSlot,
+    /// Frames became visible to the driver, which was not asked yet whether it wants to be notified.
+    visible: bool,
 }
 
 impl TxSlot {
     /// Claims the ring if nobody else has it now.
     #[inline(always)]
     pub(crate) fn try_claim(&self) -> Option<TxRing<'_>> {
-        self.ring.try_claim().map(|claim| TxRing { claim, slot: self })
+        self.ring.try_claim().map(|claim| TxRing { claim, slot: self, visible: false })
     }
 
     /// Claims the ring within the burst's retry budget.
@@ -55,7 +57,11 @@ impl TxSlot {
     #[inline(always)]
     pub(crate) fn send(&self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, scratch: &mut Scratch) {
         match self.claim() {
-            Some(mut ring) => ring.send(burst, set, edit, scratch),
+            Some(mut ring) => {
+                ring.send(burst, set, edit, scratch);
+                full_fence();
+                ring.notify();
+            }
             None => self.counters.refuse(set.len() as u64),
         }
     }
@@ -85,11 +91,20 @@ impl TxQueue for TxRing<'_> {
             counters,
         };
         let sent = with_ring!(&mut running.ring, r => receiver.send(r, burst, set, edit, scratch));
-        if sent.notify && running.signal() {
-            counters.calls.add(1);
-        }
+        self.visible |= sent.visible;
         if let Some(error) = sent.broken {
             running.fail(&self.slot.port, self.slot.index, error);
+        }
+    }
+
+    #[inline(always)]
+    fn notify(&mut self) {
+        if std::mem::take(&mut self.visible)
+            && let Some(running) = self.claim.as_mut()
+            && with_ring!(&mut running.ring, r => r.notification_wanted())
+            && running.signal()
+        {
+            self.slot.counters.calls.add(1);
         }
     }
 }
@@ -104,7 +119,8 @@ pub(super) struct Receiver<'c> {
 
 /// How a call of `send` ended.
 struct Sent {
-    notify: bool,
+    /// Whether the driver has something new to see.
+    visible: bool,
     broken: Option<RingError>,
 }
 
@@ -202,8 +218,8 @@ impl Receiver<'_> {
             self.counters.bytes.add(bytes);
             self.counters.bursts.add(1);
         }
-        let notify = ring.publish();
+        let visible = ring.make_visible();
         ring.prefetch_ahead(PREFETCH_DESCRIPTORS);
-        Sent { notify, broken }
+        Sent { visible, broken }
     }
 }

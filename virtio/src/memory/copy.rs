@@ -18,7 +18,7 @@ pub fn prefetch_read(at: *const u8) {
 #[inline(always)]
 pub fn prefetch_write(at: *const u8) {
     // SAFETY: a prefetch of any address has no architectural effect (a no-op on CPUs without PREFETCHW).
-    unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, nomem)) }
+    unsafe { asm!("prefetchw [{}]", in(reg) at as usize, options(nostack, preserves_flags, nomem)) }
 }
 
 /// Orders every write before against every read after it, as `fence(SeqCst)` does, in a third of the time: a locked operation

@@ -333,7 +333,9 @@ impl Ring for PackedRing {
 
     #[inline(always)]
     fn fetch(&mut self, want: usize) -> Result<usize, RingError> {
-        if self.stock.len() < want && self.setup.direction == Direction::Write {
+        if self.setup.direction == Direction::Read {
+            self.descriptors.prefetch_at(self.used.at, true);
+        } else if self.stock.len() < want {
             // Used descriptors will be written to these lines soon: better to get them once, to write, than twice.
             let missing = (want - self.stock.len()).min(64) as u16 + 3;
             for ahead in (0..missing).step_by(4) {

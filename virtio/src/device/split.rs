@@ -261,10 +261,8 @@ impl Ring for SplitRing {
     #[inline(always)]
     fn fetch(&mut self, want: usize) -> Result<usize, RingError> {
         let have = self.stock.len();
-        if self.setup.direction == Direction::Write {
-            // The driver watches these lines: fetched now, they are here when they are to be written.
-            self.used.prefetch(self.used_next);
-        }
+        // The driver watches these lines: fetched now, they are here when they are to be written.
+        self.used.prefetch(self.used_next);
         if have >= want {
             return Ok(have);
         }

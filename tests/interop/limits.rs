@@ -27,10 +27,13 @@ const ENDED: Duration = Duration::from_secs(1);
 const RESIDENT_KIB: u64 = 64 * 1024;
 
 /// The worker's own account of its busy time as a share of the kernel's: they differ by what it polls before it falls
-/// asleep, and by what other programs and interrupts take from its core.
+/// asleep, and by interrupts.
 const ACCOUNTS_AGREE: std::ops::RangeInclusive<f64> = 0.85..=1.15;
 
-const ATTEMPTS: usize = 3;
+/// Most time that the worker may wait for its core, as a share of the time that it had it, for the two to be comparable.
+const UNDISTURBED: f64 = 0.05;
+
+const ATTEMPTS: usize = 5;
 
 #[test]
 #[ignore = "needs the release build and two cores: ./check limits"]
@@ -76,37 +79,50 @@ fn a_switch_of_two_ports_takes_less_than_64_mib_beside_its_guests_memory() {
 }
 
 /// A worker that sleeps between bouts of large frames, in which the copy sets the pace: then everything that the kernel
-/// accounts to its thread is work, and must be what the switch says that it was.
+/// accounts to its thread is work, and must be what the switch says that it was. While another program has the core, the
+/// time-stamp counter goes on: an attempt in which that was often so says nothing.
 #[test]
 #[ignore = "needs the release build and two cores: ./check limits"]
 fn a_sleeping_worker_costs_in_the_kernels_account_what_its_busy_cycles_say() {
     let mut seen = Vec::new();
     for _ in 0..ATTEMPTS {
-        let switch = Switch::bridge("idle = \"sleep\"", 2, "");
-        let options = Options { buffer_size: 9216, ..Options::default() };
-        let mut ends = [0, 1].map(|port| VirtioUser::open(&switch.socket(port), options.clone()).unwrap());
-        let thread = worker_thread(switch.pid());
-        bout(&mut ends, Duration::from_millis(50));
-        let (before, worked) = (Account::read(&switch), on_cpu(&thread));
-        let begin = Instant::now();
-        for _ in 0..20 {
-            bout(&mut ends, Duration::from_millis(20));
-            std::thread::sleep(Duration::from_millis(30));
+        let (share, waited) = busy_share();
+        if waited > UNDISTURBED {
+            continue;
         }
-        let (after, kernel) = (Account::read(&switch), on_cpu(&thread) - worked);
-        let (share, wall) = ((after.busy - before.busy) / kernel, begin.elapsed().as_secs_f64());
-        let frames = after.frames - before.frames;
-        println!(
-            "{frames} frames: {kernel:.3} s of {wall:.3} s on its core, of which {share:.3} busy cycles"
-        );
-        assert!(frames > 10_000, "{frames}");
-        assert!(kernel < 0.7 * wall, "the worker does not sleep: {kernel} s of {wall} s");
         if ACCOUNTS_AGREE.contains(&share) {
             return;
         }
         seen.push(share);
     }
-    panic!("busy cycles are these shares of the kernel's account: {seen:?}");
+    assert!(seen.is_empty(), "busy cycles are these shares of the kernel's account: {seen:?}");
+    println!("\nSKIPPED the worker's account of its time: other programs were on its core all the time");
+}
+
+/// Lets a worker work and sleep for a second. Its busy time, and the time that it waited for its core while another program
+/// had it, as shares of the time that the kernel accounts to it.
+fn busy_share() -> (f64, f64) {
+    let switch = Switch::bridge("idle = \"sleep\"", 2, "");
+    let options = Options { buffer_size: 9216, ..Options::default() };
+    let mut ends = [0, 1].map(|port| VirtioUser::open(&switch.socket(port), options.clone()).unwrap());
+    let thread = worker_thread(switch.pid());
+    bout(&mut ends, Duration::from_millis(50));
+    let (before, worked, waited) = (Account::read(&switch), on_cpu(&thread), waiting(&thread));
+    let begin = Instant::now();
+    for _ in 0..20 {
+        bout(&mut ends, Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(30));
+    }
+    let wall = begin.elapsed().as_secs_f64();
+    let after = Account::read(&switch);
+    let (kernel, waited) = (on_cpu(&thread) - worked, waiting(&thread) - waited);
+    let (frames, busy) = (after.frames - before.frames, after.busy - before.busy);
+    println!(
+        "{frames} frames in {wall:.3} s: {busy:.3} s of busy cycles, {kernel:.3} s on a core, {waited:.3} s waiting for it"
+    );
+    assert!(frames > 10_000, "{frames}");
+    assert!(kernel < 0.7 * wall, "the worker does not sleep: {kernel} s of {wall} s");
+    (busy / kernel, waited / kernel)
 }
 
 /// Starts the smallest useful switch and connects as soon as it answers.
@@ -209,6 +225,12 @@ fn worker_thread(pid: u32) -> PathBuf {
     let mut workers =
         tasks.filter(|task| fs::read_to_string(task.join("comm")).unwrap().starts_with("worker-"));
     workers.next().unwrap()
+}
+
+/// Seconds that the thread could have run and another one did; 0 where the kernel does not count them.
+fn waiting(thread: &Path) -> f64 {
+    let counted = fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
+    counted.split(' ').nth(1).map_or(0.0, |nanoseconds| nanoseconds.parse::<f64>().unwrap() / 1e9)
 }
 
 /// Seconds that the thread was on a core, in user space and in the kernel (fields 14 and 15 of proc(5)'s `stat`).

@@ -3,7 +3,13 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+
+use host::memory::Pages;
+use pmd::virtio_user::{Options, VirtioUser};
+use virtio::device::Layout;
 
 use vhost::vhost_user::message::FrontendReq as M;
 
@@ -108,6 +114,67 @@ fn a_front_end_that_vanishes_in_the_middle_of_a_burst_costs_only_its_own_frames(
     world.wait_for_state("h0", "listening");
     world.warmed_up();
     (0..50).for_each(|_| attack(&world));
+    world.unharmed();
+}
+
+/// Names the directory of the sockets, in a process that is there to be killed.
+const VICTIM: &str = "CABLEWAY_TEST_VICTIM";
+
+/// Such a process; dropping it is `kill -9`.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        self.0.kill().and_then(|()| self.0.wait()).unwrap();
+    }
+}
+
+/// Sends from `h0` to `h1` as fast as it goes, until it is killed.
+fn send_for_ever(directory: &Path, layout: Layout) {
+    let open = |port: &str| {
+        let options = Options { layout, pages: Pages::Ordinary, ..Options::default() };
+        VirtioUser::open(&directory.join(port), options).unwrap()
+    };
+    let (mut sender, mut receiver) = (open("h0.sock"), open("h1.sock"));
+    let (out, into) = (&mut sender.queue_pairs()[0], &mut receiver.queue_pairs()[0]);
+    let (mut waiting, mut got) = (Vec::new(), Vec::new());
+    loop {
+        while let Some(mut buffer) = out.allocate() {
+            out.set_len(&mut buffer, 1_000);
+            out.write(&mut buffer, 0, &frame(1_000));
+            waiting.push(buffer);
+        }
+        out.transmit(&mut waiting);
+        into.receive(&mut got, 64);
+        got.drain(..).for_each(|buffer| into.free(buffer));
+    }
+}
+
+#[test]
+fn a_front_end_process_killed_while_it_sends_and_receives_costs_only_its_own_frames() {
+    const NAME: &str =
+        "sessions::a_front_end_process_killed_while_it_sends_and_receives_costs_only_its_own_frames";
+    if let Some(directory) = std::env::var_os(VICTIM) {
+        let packed = std::env::var_os("CABLEWAY_TEST_PACKED").is_some();
+        return send_for_ever(Path::new(&directory), if packed { Layout::Packed } else { Layout::Split });
+    }
+    let mut world = World::new();
+    for round in 0..10 {
+        let mut victim = Command::new(std::env::current_exe().unwrap());
+        victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, world.socket("h0").parent().unwrap());
+        if round % 2 == 1 {
+            victim.env("CABLEWAY_TEST_PACKED", "1");
+        }
+        let before = world.received("h0");
+        let victim = Victim(victim.stdout(Stdio::null()).spawn().unwrap());
+        world.wait("frames fly", |w| w.received("h0") > before + 10_000);
+        drop(victim);
+        world.wait_for_state("h0", "listening");
+        world.wait_for_state("h1", "listening");
+        if round == 1 {
+            world.warmed_up();
+        }
+    }
     world.unharmed();
 }
 

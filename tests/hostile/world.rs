@@ -174,6 +174,13 @@ impl World {
         self.wait_for_reason(port, reason);
     }
 
+    /// Frames that a port received from its guest.
+    pub(crate) fn received(&self, port: &str) -> u64 {
+        let stats = self.ask("stats");
+        let port = stats["ports"].as_array().unwrap().iter().find(|p| p["name"] == port).unwrap();
+        port["rx"].as_array().unwrap().iter().map(|q| q["received"].as_u64().unwrap()).sum()
+    }
+
     /// Frames that a port received and dropped for `reason`, in either direction.
     pub(crate) fn drops(&self, port: &str, reason: &str) -> u64 {
         let stats = self.ask("stats");

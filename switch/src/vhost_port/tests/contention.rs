@@ -97,13 +97,13 @@ fn contend(kind: Kind) {
         let mut round = 0;
         while round < 300 || !met() && begin.elapsed() < Duration::from_secs(10) {
             guests[RECEIVER].offer_all(1600);
-            for from in 0..RECEIVER {
-                guests[from].reclaim_sent();
-                while guests[from].tx[0].driver.free() > 0 {
+            for (from, guest) in guests.iter_mut().enumerate().take(RECEIVER) {
+                guest.reclaim_sent();
+                while guest.tx[0].driver.free() > 0 {
                     offered += 1;
                     let mut bytes = frame(from as u8, RECEIVER as u8, 1_000, round);
                     bytes.extend((offered as u32).to_be_bytes());
-                    guests[from].send(&bytes);
+                    guest.send(&bytes);
                 }
             }
             take(&mut guests[RECEIVER]);

@@ -350,8 +350,9 @@ fn a_user_without_privileges_can_run_one() {
     let root = nix::unistd::geteuid().is_root();
     let binary = place.0.path().join("cableway");
     if root {
-        // Where the build directory lies, another user may not be able to go.
-        fs::copy(CABLEWAY, &binary).unwrap();
+        // Where the build directory lies, another user may not be able to go. Another process copies: a child that a test beside
+        // this one starts at that moment would inherit our open file, and keep the program from starting.
+        assert!(Command::new("cp").arg(CABLEWAY).arg(&binary).status().unwrap().success());
         fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
     }
     let program = if root { binary.as_path() } else { Path::new(CABLEWAY) };

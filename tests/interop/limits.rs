@@ -31,7 +31,7 @@ const RESIDENT_KIB: u64 = 64 * 1024;
 const ACCOUNTS_AGREE: std::ops::RangeInclusive<f64> = 0.85..=1.15;
 
 /// Most time that the worker may wait for its core, as a share of the time that it had it, for the two to be comparable.
-const UNDISTURBED: f64 = 0.05;
+const UNDISTURBED: f64 = 0.1;
 
 const ATTEMPTS: usize = 5;
 

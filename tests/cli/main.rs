@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
 mod confinement;
+mod crash;
 mod world;
 
 use std::fs;

@@ -30,6 +30,10 @@ pub struct Offload {
     pub csum_offset: u16,
 }
 
+/// The least csum_start of a frame that has a checksum to fill in: behind an Ethernet and an IPv4 header. A receiver that takes
+/// checksums unfinished fills this one in itself; it must not land in what the bridge has judged (addresses, type, tag).
+const LEAST_CSUM_START: u16 = 14 + 20;
+
 /// Why a virtio-net header was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OffloadError {
@@ -43,6 +47,9 @@ pub enum OffloadError {
         /// Frame length.
         len: u32,
     },
+    /// The checksum would begin inside the headers that come before any that has one.
+    #[error("csum_start {0} lies inside the Ethernet or IP header")]
+    ChecksumInHeaders(u16),
     /// gso_type is none that the specification has.
     #[error("unknown gso_type {0:#x}")]
     UnknownGso(u8),
@@ -150,6 +157,9 @@ impl Offload {
                 let (start, offset) = (self.csum_start(), self.csum_offset);
                 return Err(OffloadError::ChecksumOutside { start, offset, len });
             }
+            if self.csum_start() < LEAST_CSUM_START {
+                return Err(OffloadError::ChecksumInHeaders(self.csum_start()));
+            }
         }
         let gso = self.gso()?;
         if gso != Gso::None {
@@ -195,6 +205,18 @@ mod tests {
         for (start, offset) in [(34, 17), (36, 16), (0xffff, 0xffff), (0, 51), (51, 0)] {
             assert!(Offload::new(1, 0, 0, 0, start, offset).check(52).is_err(), "{start}+{offset}");
         }
+    }
+
+    #[test]
+    fn a_checksum_never_lands_in_the_addresses_or_tag_that_a_bridge_judged() {
+        for start in [0, 6, 12, 14, 33] {
+            let refused = Offload::new(1, 0, 0, 0, start, 0).check(100);
+            assert_eq!(refused, Err(OffloadError::ChecksumInHeaders(start)));
+            assert_eq!(Offload::new(0, 0, 0, 0, start, 0).check(100), Ok(()), "nobody asks for a checksum");
+        }
+        // A tag that is taken away moves it by four bytes, and no further.
+        let least = Offload::new(1, 0, 0, 0, 34, 0);
+        assert_eq!((least.check(100), least.moved(-4).unwrap().csum_start()), (Ok(()), 30));
     }
 
     #[test]

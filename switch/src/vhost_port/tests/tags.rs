@@ -94,19 +94,19 @@ fn what_the_sender_left_undone_moves_with_the_tag() {
 }
 
 #[test]
-fn a_checksum_that_would_begin_before_the_frame_once_its_tag_is_gone_is_refused() {
+fn a_checksum_over_addresses_or_tag_is_refused_also_for_a_guest_that_would_fill_it_in_itself() {
     for layout in [Layout::Split, Layout::Packed] {
         let kind = modern(layout).with(f::NET_GUEST_CSUM);
         let mut world = World::with_plans(&[kind, kind], plans([trunk(&[5], None), access(5)]));
         world.guests[1].offer_all(1600);
         let sent = tagged(&frame(0, 1, 100, 1), 5);
-        for start in 0..=4 {
+        for start in [0, 4, 14, 33, 34] {
             world.guests[0].send_as(0, NetHeader::PLAIN.with_checksum(start, 0), &sent, &[], false);
         }
         world.settle();
-        assert_eq!(world.dropped_to(1), [(DropReason::BadOffload, 4)]);
+        assert_eq!(world.dropped_from(0), [(DropReason::BadOffload, 4)]);
         let got = world.guests[1].received();
-        assert_eq!(got.iter().map(|r| r.header.csum_start()).collect::<Vec<_>>(), [0]);
+        assert_eq!(got.iter().map(|r| r.header.csum_start()).collect::<Vec<_>>(), [30]);
         world.assert_conserved();
     }
 }

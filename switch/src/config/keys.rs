@@ -1,159 +1,17 @@
 //! The vocabulary: the keys of `[switch]` and `[[port]]` as a user writes them, the same in a switch's own file and in an
 //! appliance file.
 //!
-//! Owns names, types and one-line meanings. Reads each key by itself, so that one wrong value hides no other; never
-//! decides what a combination of keys means (that is `validate`).
+//! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
-use std::ops::Range;
+use settings::table::Read;
+use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
+use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
-use serde::de::DeserializeOwned;
-use serde_spanned::Spanned;
-use toml::de::{DeTable, DeValue, ValueDeserializer};
-
-use super::problem::{Problems, suggestion};
 use super::values::{
-    Bounded, CoreNumber, FeatureName, FrameRate, GroupName, HardwareAddress, Idle, Memory, PortKind,
-    PortName, SocketMode, SocketName, SocketSide, VlanId, VlanRange,
+    FeatureName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
 };
 
-/// A value that can be read from one place in the file; `None` when it is wrong, and the problem was noted.
-pub(super) trait Read: Sized {
-    /// Reads it. `place` names the key for messages: "`burst`".
-    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self>;
-}
-
-/// Reads one value with its serde type.
-fn plain<T: DeserializeOwned>(
-    place: &str,
-    value: &Spanned<DeValue<'_>>,
-    problems: &mut Problems<'_>,
-) -> Option<T> {
-    match T::deserialize(ValueDeserializer::from(value.clone())) {
-        Ok(read) => Some(read),
-        Err(error) => {
-            let what =
-                error.message().trim_start_matches("invalid type: ").trim_start_matches("invalid value: ");
-            let message = format!("{place}: {}", what.replacen(", expected ", ": wanted ", 1));
-            problems.add(error.span().unwrap_or_else(|| value.span()), message);
-            None
-        }
-    }
-}
-
-macro_rules! plain {
-    ($($type:ty),+ $(,)?) => {
-        $(impl Read for $type {
-            fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
-                plain(place, value, problems)
-            }
-        })+
-    };
-}
-
-plain!(bool, FeatureName, GroupName, HardwareAddress, Idle, Memory, PortKind, PortName, SocketMode);
-plain!(SocketName, SocketSide, VlanRange, Words);
-
-impl<const MIN: i64, const MAX: i64> Read for Bounded<MIN, MAX> {
-    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
-        plain(place, value, problems)
-    }
-}
-
-/// Any text.
-pub(super) type Words = String;
-
-/// A list whose elements are read one by one.
-impl<T: Read> Read for Vec<Spanned<T>> {
-    fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
-        let Some(elements) = value.get_ref().as_array() else {
-            let kind = value.get_ref().type_str();
-            problems.add(value.span(), format!("{place}: {kind}: wanted a list, in square brackets"));
-            return None;
-        };
-        let mut read =
-            |element| Some(Spanned::new(Spanned::span(element), T::read(place, element, problems)?));
-        let read: Vec<_> = elements.iter().map(&mut read).collect();
-        read.into_iter().collect()
-    }
-}
-
-/// The keys of a table that are there, but wrong: their problem was noted.
-#[derive(Debug, Default)]
-pub(super) struct Wrong {
-    /// The table, for messages.
-    inside: &'static str,
-    keys: Vec<&'static str>,
-}
-
-impl Wrong {
-    /// Whether there are any.
-    pub(super) fn any(&self) -> bool {
-        !self.keys.is_empty()
-    }
-
-    /// Notes that a key is missing, unless it was there and wrong. `example` shows how to write it.
-    pub(super) fn or_missing(&self, key: &str, at: Range<usize>, example: &str, problems: &mut Problems<'_>) {
-        if !self.keys.contains(&key) {
-            problems.add(at, format!("{} needs `{key}`: {example}", self.inside));
-        }
-    }
-}
-
-macro_rules! keys {
-    ($(#[doc = $about:literal])+ $name:ident in $inside:literal { $($(#[doc = $doc:literal])+ $key:ident: $type:ty,)+ }) => {
-        $(#[doc = $about])+
-        #[derive(Debug, Default)]
-        pub(super) struct $name {
-            $($(#[doc = $doc])+ pub(super) $key: Option<Spanned<$type>>,)+
-            /// Keys that are there, but wrong.
-            pub(super) wrong: Wrong,
-        }
-
-        impl $name {
-            /// The names of all keys.
-            pub(super) const KEYS: &[&str] = &[$(stringify!($key),)+];
-
-            /// Reads a table. `place` is what messages begin with; wrong and unknown keys are noted and left out.
-            pub(super) fn table(place: &str, table: &DeTable<'_>, problems: &mut Problems<'_>) -> Self {
-                let mut keys = Self { wrong: Wrong { inside: $inside, keys: Vec::new() }, ..Self::default() };
-                for (key, value) in table {
-                    match key.get_ref().as_ref() {
-                        $(name @ stringify!($key) => {
-                            let place = format!("{place}`{name}`");
-                            keys.$key = <$type>::read(&place, value, problems)
-                                .map(|read| Spanned::new(value.span(), read));
-                            if keys.$key.is_none() {
-                                keys.wrong.keys.push(stringify!($key));
-                            }
-                        })+
-                        unknown => {
-                            let hint = suggestion(unknown, Self::KEYS);
-                            problems.add(key.span(), format!("{place}unknown key `{unknown}` in {}; {hint}", $inside));
-                        }
-                    }
-                }
-                keys
-            }
-        }
-    };
-}
-
-/// Makes an inline table readable as a value.
-macro_rules! nested {
-    ($($name:ident),+) => {
-        $(impl Read for $name {
-            fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {
-                let Some(table) = value.get_ref().as_table() else {
-                    let kind = value.get_ref().type_str();
-                    let example = format!("a table like {{ {} = … }}", Self::KEYS.join(" = …, "));
-                    problems.add(value.span(), format!("{place}: {kind}: wanted {example}"));
-                    return None;
-                };
-                Some(Self::table(&format!("{place}: "), table, problems))
-            }
-        })+
-    };
-}
+plain!(FeatureName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.
@@ -181,7 +39,7 @@ keys! {
     /// `[[port]]`.
     PortKeys in "[[port]]" {
         /// What it is called in statistics, logs and commands.
-        name: PortName,
+        name: Name,
         /// What is behind it.
         kind: PortKind,
         /// The UNIX socket; a relative path lies in the run directory.
@@ -203,7 +61,7 @@ keys! {
         /// VLANs of this port.
         vlan: VlanKeys,
         /// Ports of one isolation group do not talk to each other.
-        isolation: PortName,
+        isolation: Name,
         /// Largest layer-3 packet that is sent to this port.
         mtu: Bounded<68, 9_202>,
         /// Limits, in frames a second, on what comes in here and has to be flooded.

@@ -7,7 +7,6 @@
 mod feature;
 mod keys;
 mod machine;
-mod problem;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -20,10 +19,8 @@ use std::time::Duration;
 pub use feature::{Feature, FeatureSet};
 pub use keys::vocabulary;
 pub use machine::{Surroundings, ThisMachine};
-pub use problem::{ConfigErrors, Problem};
+pub use settings::{ConfigErrors, Problem};
 pub use values::{Idle, PortKind, SocketSide};
-
-use problem::Problems;
 
 /// The longest path that the address of a UNIX socket holds (`sun_path`, less its terminating zero byte).
 pub const SOCKET_PATH_MAX: usize = 107;
@@ -177,14 +174,7 @@ impl Config {
     /// # Errors
     /// Everything that is wrong with it.
     pub fn load(file: &Path, run_dir: &Path, surroundings: &dyn Surroundings) -> Result<Self, ConfigErrors> {
-        let text = std::fs::read_to_string(file).map_err(|error| {
-            let message = match error.kind() {
-                std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
-                std::io::ErrorKind::InvalidData => "is not a text file (UTF-8)".to_owned(),
-                _ => format!("cannot be read: {error}"),
-            };
-            ConfigErrors { file: file.to_owned(), problems: vec![Problem { at: None, message }] }
-        })?;
+        let text = settings::read_file(file)?;
         Self::parse(&text, file, run_dir, surroundings)
     }
 
@@ -198,17 +188,9 @@ impl Config {
         run_dir: &Path,
         surroundings: &dyn Surroundings,
     ) -> Result<Self, ConfigErrors> {
-        let mut problems = Problems::of(text);
-        let (document, errors) = toml::de::DeTable::parse_recoverable(text);
-        if !errors.is_empty() {
-            // What a half-understood file means is guesswork: only its syntax is reported.
-            for error in errors {
-                problems.add(error.span().unwrap_or(0..0), error.message().to_owned());
-            }
-            return problems.into_result(file, None);
-        }
-        let config = validate::document(document.get_ref(), file, run_dir, surroundings, &mut problems);
-        problems.into_result(file, config)
+        settings::parse(text, file, |document, problems| {
+            validate::document(document, file, run_dir, surroundings, problems)
+        })
     }
 
     /// The port of this name.

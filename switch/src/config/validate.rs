@@ -6,13 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_spanned::Spanned;
-use toml::de::{DeTable, DeValue};
+use settings::values::{CoreNumber, Name, SocketName};
+use settings::{DeTable, DeValue, Problems, Spanned, list, suggestion};
 
 use super::keys::{PortKeys, StaticKeys, StormKeys, SwitchKeys, VlanKeys};
 use super::machine::Surroundings;
-use super::problem::{Problems, list, suggestion};
-use super::values::{CoreNumber, FrameRate, PortName, SocketName, VlanRange};
+use super::values::{FrameRate, VlanRange};
 use crate::bridge::MAX_PORTS;
 use crate::control::CONTROL_SOCKET;
 
@@ -225,7 +224,7 @@ impl PortReader<'_, '_> {
         })
     }
 
-    fn name(&mut self, name: Spanned<PortName>) -> String {
+    fn name(&mut self, name: Spanned<Name>) -> String {
         let span = name.span();
         let name = name.into_inner().0;
         let line = self.problems.line(&span);

@@ -43,34 +43,34 @@ impl fmt::Display for ConfigErrors {
 impl std::error::Error for ConfigErrors {}
 
 /// Collects the problems of one file while it is read.
-pub(super) struct Problems<'t> {
+pub struct Problems<'t> {
     text: &'t str,
     found: Vec<(Option<usize>, String)>,
 }
 
 impl<'t> Problems<'t> {
     /// For the file with this text.
-    pub(super) fn of(text: &'t str) -> Self {
+    pub fn of(text: &'t str) -> Self {
         Self { text, found: Vec::new() }
     }
 
     /// Something is wrong at this span of bytes.
-    pub(super) fn add(&mut self, span: Range<usize>, message: impl Into<String>) {
+    pub fn add(&mut self, span: Range<usize>, message: impl Into<String>) {
         self.found.push((Some(span.start), message.into()));
     }
 
     /// Something is wrong with the file as a whole.
-    pub(super) fn add_general(&mut self, message: impl Into<String>) {
+    pub fn add_general(&mut self, message: impl Into<String>) {
         self.found.push((None, message.into()));
     }
 
     /// The line of a span, to refer to it.
-    pub(super) fn line(&self, span: &Range<usize>) -> usize {
+    pub fn line(&self, span: &Range<usize>) -> usize {
         line_and_column(self.text, span.start).0
     }
 
     /// `value` if nothing is wrong, else all problems in the order of lines.
-    pub(super) fn into_result<T>(mut self, file: &Path, value: Option<T>) -> Result<T, ConfigErrors> {
+    pub fn into_result<T>(mut self, file: &Path, value: Option<T>) -> Result<T, ConfigErrors> {
         match value {
             Some(value) if self.found.is_empty() => Ok(value),
             _ => {
@@ -94,7 +94,7 @@ fn line_and_column(text: &str, start: usize) -> (usize, usize) {
 }
 
 /// " did you mean …?" if one of `known` is close to what was written; else what exists.
-pub(super) fn suggestion(written: &str, known: &[&str]) -> String {
+pub fn suggestion(written: &str, known: &[&str]) -> String {
     let distance = |word: &&&str| strsim::damerau_levenshtein(&written.to_lowercase(), word);
     match known.iter().min_by_key(distance) {
         Some(word) if distance(&word) <= 1 + word.len() / 4 => format!("did you mean `{word}`?"),
@@ -103,7 +103,7 @@ pub(super) fn suggestion(written: &str, known: &[&str]) -> String {
 }
 
 /// "`a`, `b` and `c`".
-pub(super) fn list(words: &[&str]) -> String {
+pub fn list(words: &[&str]) -> String {
     match words {
         [] => "none".to_owned(),
         [only] => format!("`{only}`"),

@@ -4,7 +4,7 @@
 //! owner at any time. Whoever copies from it treats the bytes as untrusted, and takes the first [`HEAD`] bytes from the
 //! private copy, so that what was judged is what is sent.
 
-use crate::{DropReason, Offload};
+use crate::{DropReason, Gso, MAX_FRAME, Offload};
 
 /// Bytes of each frame that are copied before it is judged: Ethernet, two VLAN tags, IPv6 and the ports of TCP or UDP.
 pub const HEAD: usize = 64;
@@ -14,6 +14,12 @@ pub const MAX_BURST: usize = 64;
 
 /// Segments beyond the first that the frames of one burst may have together.
 pub const MAX_SEGMENTS: usize = 1024;
+
+/// Shortest frame: an Ethernet header.
+pub const MIN_FRAME: u32 = 14;
+
+/// Longest frame that is not left for segmentation: jumbo with two VLAN tags.
+const MAX_WHOLE: u32 = 9_216 + 8;
 
 /// The private copy of a frame's first bytes. Bytes past the frame's end are zero.
 #[derive(Clone, Copy)]
@@ -51,6 +57,28 @@ impl Frame {
     /// A frame of no bytes; what an unused slot of a [`BurstBuffer`] holds.
     pub const EMPTY: Frame =
         Frame { ptr: std::ptr::null(), first_len: 0, len: 0, more_at: 0, more: 0, offload: Offload::NONE };
+
+    /// Whether this can be a frame. What its sender left undone is checked here, once, against the frame that it is about.
+    ///
+    /// # Errors
+    /// The reason under which it is dropped.
+    #[inline(always)]
+    pub fn check(&mut self) -> Result<(), DropReason> {
+        if self.len < MIN_FRAME {
+            return Err(DropReason::Runt);
+        }
+        if self.offload.is_none() {
+            self.offload = Offload::NONE;
+            return if self.len <= MAX_WHOLE { Ok(()) } else { Err(DropReason::Oversize) };
+        }
+        self.offload.check(self.len).map_err(|_| DropReason::BadOffload)?;
+        let segmented = self.offload.gso().is_ok_and(|g| g != Gso::None);
+        if self.len <= if segmented { MAX_FRAME } else { MAX_WHOLE } {
+            Ok(())
+        } else {
+            Err(DropReason::Oversize)
+        }
+    }
 }
 
 /// A set of frames of one burst, by index.

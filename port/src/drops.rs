@@ -67,6 +67,8 @@ reasons! {
     SegmentBudget = "segment_budget",
     /// Left unsegmented or without checksum for a receiver that wants it done, and its headers cannot be followed.
     CannotFinish = "cannot_finish",
+    /// The network device behind the port would not take the frame.
+    DeviceRefused = "device_refused",
 }
 
 #[cfg(test)]

@@ -6,11 +6,15 @@
 //! is behind a queue.
 
 mod burst;
+mod device;
 mod drops;
 mod offload;
 mod scratch;
 
-pub use burst::{Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, Release, Segment};
+pub use burst::{
+    Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, MIN_FRAME, Release, Segment,
+};
+pub use device::{PutError, Sink, Source};
 pub use drops::DropReason;
 pub use offload::{Gso, Offload, OffloadError};
 pub use scratch::Scratch;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use port::{
-    Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_FRAME, MAX_SEGMENTS, Offload,
+    Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, MIN_FRAME, Offload,
     Release, RxQueue, Segment,
 };
 use virtio::device::{Buffer, Chain, Ring, RingError, Stock};
@@ -19,12 +19,6 @@ use crate::bridge::IngressState;
 use crate::claim::{Entered, Owner};
 use crate::counters::RxCounters;
 use crate::sleeper::Sleeper;
-
-/// Shortest frame: an Ethernet header.
-const MIN_FRAME: u32 = 14;
-
-/// Longest frame that is not left for segmentation: jumbo with two VLAN tags.
-const MAX_WHOLE: u32 = 9_216 + 8;
 
 /// A guest's transmit ring, claimed for one burst.
 pub struct RxRing<'c> {
@@ -188,7 +182,7 @@ impl RxRing<'_> {
                 }
             };
             taken += 1;
-            match read.and_then(|()| Self::check(frame)) {
+            match read.and_then(|()| frame.check()) {
                 Ok(()) => {
                     bytes += u64::from(frame.len);
                     segments += usize::from(frame.more);
@@ -286,25 +280,6 @@ impl RxRing<'_> {
             csum_offset: u16::from_le_bytes([b8, b9]),
         };
         Some(Ok(()))
-    }
-
-    /// Whether this can be a frame. The header's requests are checked here, once, against the frame that they are about.
-    #[inline(always)]
-    fn check(frame: &mut Frame) -> Result<(), DropReason> {
-        if frame.len < MIN_FRAME {
-            return Err(DropReason::Runt);
-        }
-        if frame.offload.is_none() {
-            frame.offload = Offload::NONE;
-            return if frame.len <= MAX_WHOLE { Ok(()) } else { Err(DropReason::Oversize) };
-        }
-        frame.offload.check(frame.len).map_err(|_| DropReason::BadOffload)?;
-        let segmented = frame.offload.gso().is_ok_and(|g| g != port::Gso::None);
-        if frame.len <= if segmented { MAX_FRAME } else { MAX_WHOLE } {
-            Ok(())
-        } else {
-            Err(DropReason::Oversize)
-        }
     }
 }
 

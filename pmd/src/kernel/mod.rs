@@ -1,0 +1,35 @@
+//! Ports that the kernel backs, for machines without a NIC of their own for the switch.
+//!
+//! Each module is one kind of device: it opens it, and implements [`port::Source`] and [`port::Sink`] over what the kernel
+//! gives. All descriptors are non-blocking. Nothing here judges a frame, counts one, or knows a switch.
+
+mod message;
+pub mod null;
+pub mod tap;
+
+use std::io;
+
+/// Why a device could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is not there. It may come: worth another try.
+    #[error("there is no interface {name}; {remedy}")]
+    Absent {
+        /// The interface.
+        name: String,
+        /// The command that makes one.
+        remedy: String,
+    },
+    /// It is there, and cannot be had.
+    #[error("interface {name}: {what}: {source}{remedy}")]
+    Refused {
+        /// The interface.
+        name: String,
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+        /// What to do about it; empty or with a leading separator.
+        remedy: &'static str,
+    },
+}

@@ -17,7 +17,7 @@ use benches::machine::Machine;
 use benches::report::{self, Report};
 use benches::trial::Rig;
 use benches::virtio_user::{self, PortOptions, Ring};
-use switch::config::{Config, ConfigErrors, PortConfig, Side, ThisMachine};
+use switch::config::{Config, ConfigErrors, ThisMachine};
 use switch::control::client;
 use switch::control::report::StatsReport;
 
@@ -176,12 +176,11 @@ impl Subject {
     /// Starts our switch in a process of its own, as a user would.
     fn start(file: &Path, run_dir: &Path) -> anyhow::Result<Self> {
         let config = Config::load(file, run_dir, &ThisMachine::now())?;
-        let servers: Vec<&PortConfig> =
-            config.ports.iter().filter(|p| matches!(p.side, Side::Server { .. })).collect();
+        let servers: Vec<&Path> = config.ports.iter().filter_map(|p| p.behind.listens_on()).collect();
         let [first, second, ..] = servers.as_slice() else {
             bail!("{}: needs two ports with mode = \"server\" to measure between", file.display());
         };
-        let sockets = [first.socket.clone(), second.socket.clone()];
+        let sockets = [first.to_path_buf(), second.to_path_buf()];
         let switch = Started::new(file, run_dir, &sockets)?;
         Ok(Self {
             name: file.display().to_string(),

@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use serde::de::DeserializeOwned;
 use switch::control::client::{self, Answer, ClientError};
-use switch::control::report::{FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
+use switch::control::report::{FdbReport, PortReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
 use switch::control::{RunDirError, run_dir_of_client};
 
 use super::Place;
@@ -137,7 +137,7 @@ fn stats(args: &StatsArgs) -> Result<()> {
 
 /// A table of ports, and under it what each has to say.
 fn ports(report: &PortsReport) -> String {
-    let header = ["port", "state", "socket", "rings", "queue pairs", "memory", "MTU", "VLAN"];
+    let header = ["port", "state", "socket or device", "rings", "queue pairs", "memory", "MTU", "VLAN"];
     let mut table = output::table(&header, &[4, 5, 6]);
     let mut notes = String::new();
     for port in &report.ports {
@@ -147,7 +147,7 @@ fn ports(report: &PortsReport) -> String {
         table.add_row([
             port.name.clone(),
             port.state.word().to_owned(),
-            format!("{} ({})", port.socket, port.mode),
+            where_it_is(port),
             port.layout.as_ref().map_or_else(|| "-".to_owned(), |layout| format!("{layout}{size}")),
             pairs.to_string(),
             if port.memory_bytes == 0 { "-".to_owned() } else { output::bytes(port.memory_bytes) },
@@ -163,6 +163,15 @@ fn ports(report: &PortsReport) -> String {
     }
     let gap = if notes.is_empty() { "" } else { "\n" };
     format!("{table}\n{gap}{notes}")
+}
+
+/// The socket and its side, or the device.
+fn where_it_is(port: &PortReport) -> String {
+    match (&port.socket, &port.mode, &port.device) {
+        (Some(socket), Some(mode), _) => format!("{socket} ({mode})"),
+        (_, _, Some(device)) => format!("{} {device}", port.kind),
+        _ => port.kind.clone(),
+    }
 }
 
 fn fdb(report: &FdbReport) -> String {

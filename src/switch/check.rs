@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use host::topology;
-use switch::config::{Config, PortConfig, Side, ThisMachine};
+use switch::config::{Behind, Config, PortConfig, Side, ThisMachine};
 use switch::control::{self, client, report::PortsReport};
 use switch::sandbox::files::{FileAccess, Held};
 
@@ -24,7 +24,7 @@ pub(super) fn run(file: &Path, place: &Place) -> Result<ExitCode> {
     };
     // The sockets of a switch that runs there already are no obstacle: the file may be meant for its next reload.
     let running = client::get::<PortsReport>(&run_dir, "/v1/ports").map(|answer| answer.value.ports).ok();
-    let ours = running.iter().flatten().map(|port| port.socket.clone().into()).collect();
+    let ours = running.iter().flatten().filter_map(|port| Some(port.socket.clone()?.into())).collect();
     match Config::load(file, &run_dir, &ThisMachine::now().listening_on(ours)) {
         Ok(config) => {
             let mut text = report(&config, &run_dir)?;
@@ -72,15 +72,18 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
     writeln!(text, "  {}", files(config, run_dir)?)?;
     writeln!(text, "  serve {} port(s):\n", config.ports.len())?;
     let mut table =
-        output::table(&["port", "socket", "VLAN", "queue pairs", "workers", "memory up to"], &[3, 5]);
+        output::table(&["port", "what it does", "VLAN", "queue pairs", "workers", "memory up to"], &[3, 5]);
     for port in &config.ports {
         table.add_row([
             port.name.clone(),
-            socket(port),
+            behind(port),
             port.vlan.to_string(),
             port.queue_pairs.to_string(),
             workers(port),
-            output::bytes(port.max_memory),
+            match port.behind {
+                Behind::VhostUser { .. } => output::bytes(port.max_memory),
+                _ => "-".to_owned(),
+            },
         ]);
     }
     writeln!(text, "{table}")?;
@@ -98,6 +101,10 @@ fn files(config: &Config, run_dir: &Path) -> Result<String> {
         |dirs: &[PathBuf]| dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
     let (read, sockets) = (list(&files.read), list(&files.sockets));
     let text = format!("read files only beneath {read}, make sockets only beneath {sockets}");
+    let text = match list(&files.devices) {
+        devices if devices.is_empty() => text,
+        devices => format!("{text}, open {devices}"),
+    };
     Ok(match held {
         Held::Fully => text,
         Held::Partly => {
@@ -109,12 +116,20 @@ fn files(config: &Config, run_dir: &Path) -> Result<String> {
     })
 }
 
-fn socket(port: &PortConfig) -> String {
-    let path = port.socket.display();
-    match &port.side {
-        Side::Server { mode, group: None } => format!("listen on {path} ({mode:04o})"),
-        Side::Server { mode, group: Some(gid) } => format!("listen on {path} ({mode:04o}, group {gid})"),
-        Side::Client { reconnect } => format!("connect to {path} every {} ms", reconnect.as_millis()),
+fn behind(port: &PortConfig) -> String {
+    match &port.behind {
+        Behind::VhostUser { socket, side } => {
+            let path = socket.display();
+            match side {
+                Side::Server { mode, group: None } => format!("listen on {path} ({mode:04o})"),
+                Side::Server { mode, group: Some(gid) } => {
+                    format!("listen on {path} ({mode:04o}, group {gid})")
+                }
+                Side::Client { reconnect } => format!("connect to {path} every {} ms", reconnect.as_millis()),
+            }
+        }
+        Behind::Tap { device } => format!("be the tap {device}"),
+        Behind::Null => "throw away what goes out".to_owned(),
     }
 }
 

@@ -22,6 +22,13 @@ pub enum Event {
         /// Its address.
         mac: [u8; 6],
     },
+    /// A network device failed or went away; it is not polled any more.
+    DeviceGone {
+        /// Port number.
+        port: u16,
+        /// What the system said.
+        error: std::io::Error,
+    },
     /// A ring was started or stopped: queues may want another place.
     RingsChanged,
 }

@@ -10,24 +10,49 @@ use arc_swap::ArcSwap;
 
 use crate::bridge::BridgePlan;
 use crate::config::Idle;
+use crate::device_port::{DevicePort, DeviceRx};
 use crate::vhost_port::{RxSlot, VhostPort};
 
 /// Everything a worker needs to know for a turn.
 pub struct Plan {
     /// Where frames go.
     pub bridge: BridgePlan,
-    /// Ports by number; numbers of removed ports stay empty.
+    /// Guests' ports by number; numbers of removed ports, and of those in `devices`, stay empty.
     pub ports: Vec<Option<Arc<VhostPort>>>,
-    /// Which queues each worker polls.
+    /// Which guests' queues each worker polls.
     pub queues: Vec<Vec<Arc<RxSlot>>>,
+    /// The ports that have a device of this machine behind them.
+    pub devices: Devices,
     /// Frames taken from a queue at a time.
     pub burst: usize,
     /// What a worker does when nothing comes in.
     pub idle: Idle,
 }
 
-impl Plan {
+/// What a plan says of ports with devices. Apart from those with guests, so that these pay nothing for them.
+#[derive(Default)]
+pub struct Devices {
+    /// By number, as [`Plan::ports`].
+    pub(crate) ports: Vec<Option<Arc<DevicePort>>>,
+    /// Which queues each worker polls.
+    pub(crate) queues: Vec<Vec<Arc<DeviceRx>>>,
+}
+
+impl Devices {
     /// The port of this number.
+    pub(crate) fn port(&self, number: u16) -> Option<&DevicePort> {
+        self.ports.get(usize::from(number))?.as_deref()
+    }
+
+    /// The queues that worker `index` polls.
+    #[inline(always)]
+    pub(crate) fn queues_of(&self, index: usize) -> &[Arc<DeviceRx>] {
+        self.queues.get(index).map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
+impl Plan {
+    /// The guest's port of this number.
     #[inline(always)]
     pub fn port(&self, number: u16) -> Option<&VhostPort> {
         self.ports.get(usize::from(number))?.as_deref()

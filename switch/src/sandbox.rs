@@ -18,6 +18,8 @@ use seccompiler::{
     SeccompRule, TargetArch, apply_filter,
 };
 
+use crate::config::{Config, PortKind};
+
 pub mod files;
 #[cfg(test)]
 mod tests;
@@ -29,6 +31,33 @@ pub enum ThreadKind {
     Worker,
     /// Everything else: sessions with front ends, control socket, configuration, ageing.
     Housekeeping,
+}
+
+bitflags::bitflags! {
+    /// What kinds of devices a switch opens: each takes system calls that no other has use for.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Devices: u8 {
+        /// Taps.
+        const TUN = 1;
+    }
+}
+
+/// Where taps come from.
+pub const TUN: &str = "/dev/net/tun";
+
+impl Devices {
+    /// What a port of this kind needs.
+    pub fn of_kind(kind: PortKind) -> Self {
+        match kind {
+            PortKind::Tap => Self::TUN,
+            PortKind::VhostUser | PortKind::Null => Self::empty(),
+        }
+    }
+
+    /// What the ports of a switch need.
+    pub fn of(config: &Config) -> Self {
+        config.ports.iter().map(|port| Self::of_kind(port.behind.kind())).collect()
+    }
 }
 
 /// A thread cannot be confined.
@@ -43,42 +72,47 @@ pub struct SandboxError {
     pub source: seccompiler::Error,
 }
 
-/// Confines the calling thread, and the threads that it starts later. To be called when the thread has its core and its
+/// Confines the calling thread, and the threads that it starts later, to what its kind does and what `devices` take. To be called when the thread has its core and its
 /// memory. Housekeeping may start workers, which confine themselves further.
 ///
 /// # Errors
 /// The kernel has no seccomp filters.
-pub fn apply(kind: ThreadKind) -> Result<(), SandboxError> {
+pub fn apply(kind: ThreadKind, devices: Devices) -> Result<(), SandboxError> {
     let failed = |source| SandboxError { kind, source };
-    for program in programs(kind).map_err(|e| failed(e.into()))? {
+    for program in programs(kind, devices).map_err(|e| failed(e.into()))? {
         apply_filter(&program).map_err(failed)?;
     }
     Ok(())
 }
 
 /// The filters for a kind of thread. Where several answer, the hardest answer holds, and among equals the last.
-fn programs(kind: ThreadKind) -> Result<Vec<BpfProgram>, BackendError> {
+fn programs(kind: ThreadKind, devices: Devices) -> Result<Vec<BpfProgram>, BackendError> {
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     match kind {
         ThreadKind::Worker => Ok(vec![
             // When glibc shrinks a thread's heap, it reads /proc/sys/vm/overcommit_memory, and can do without.
             all_but(&[libc::SYS_openat], refused)?,
-            only(kind, &[BOTH, &[libc::SYS_openat]], SeccompAction::KillProcess)?,
+            only(kind, devices, &[BOTH, &[libc::SYS_openat]], SeccompAction::KillProcess)?,
         ]),
         ThreadKind::Housekeeping => Ok(vec![
             all_but(FATAL, SeccompAction::KillProcess)?,
             // Its flags lie in memory, where no filter sees them; the C library then takes clone, whose flags can be seen.
             all_but(&[libc::SYS_clone3], SeccompAction::Errno(libc::ENOSYS.unsigned_abs()))?,
-            only(kind, &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3]], refused)?,
+            only(kind, devices, &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3]], refused)?,
         ]),
     }
 }
 
 /// Lets the listed calls pass, under the conditions of [`rules_of`].
-fn only(kind: ThreadKind, lists: &[&[c_long]], otherwise: SeccompAction) -> Result<BpfProgram, BackendError> {
+fn only(
+    kind: ThreadKind,
+    devices: Devices,
+    lists: &[&[c_long]],
+    otherwise: SeccompAction,
+) -> Result<BpfProgram, BackendError> {
     let mut rules = BTreeMap::new();
     for &call in lists.iter().copied().flatten() {
-        rules.insert(call, rules_of(kind, call)?);
+        rules.insert(call, rules_of(kind, devices, call)?);
     }
     SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
@@ -90,7 +124,7 @@ fn all_but(calls: &[c_long], answer: SeccompAction) -> Result<BpfProgram, Backen
 }
 
 /// Under which conditions a call passes; none means always.
-fn rules_of(kind: ThreadKind, call: c_long) -> Result<Vec<SeccompRule>, BackendError> {
+fn rules_of(kind: ThreadKind, devices: Devices, call: c_long) -> Result<Vec<SeccompRule>, BackendError> {
     use SeccompCmpOp::{Eq, MaskedEq};
     let one = |argument: u8, op: SeccompCmpOp, value: i64| {
         // All arguments that are compared here are `int`s, whose upper halves the kernel ignores.
@@ -111,7 +145,10 @@ fn rules_of(kind: ThreadKind, call: c_long) -> Result<Vec<SeccompRule>, BackendE
         libc::SYS_socket | libc::SYS_socketpair => vec![one(0, Eq, libc::AF_UNIX.into())?],
         libc::SYS_ioctl => {
             let requests = [libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX, libc::TCGETS, libc::TIOCGWINSZ];
-            requests.iter().map(|&r| one(1, Eq, r.cast_signed())).collect::<Result<_, _>>()?
+            // A tap is attached to, and told what it may leave undone.
+            let tun = [libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
+            let tun = tun.iter().filter(|_| devices.contains(Devices::TUN));
+            requests.iter().chain(tun).map(|&r| one(1, Eq, r.cast_signed())).collect::<Result<_, _>>()?
         }
         // Builds with debug assertions ask whether a descriptor is open before they close it.
         libc::SYS_fcntl if kind == ThreadKind::Worker => vec![one(1, Eq, libc::F_GETFD.into())?],

@@ -14,7 +14,8 @@ use crate::config::Idle;
 use crate::counters::WorkerCounters;
 use crate::plan::{Plan, Plans};
 use crate::sleeper::Sleeper;
-use crate::vhost_port::{RxSlot, VhostPort};
+use crate::slot::{Running, RxSlot};
+use crate::vhost_port::VhostPort;
 
 /// How long a worker that may sleep polls in vain before it does.
 const PATIENCE_MICROSECONDS: u64 = 50;
@@ -155,6 +156,9 @@ fn leave_all(plan: &Plan, index: usize, owner: &mut Owner) {
     for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {
         queue.leave(owner);
     }
+    for queue in plan.devices.queues_of(index) {
+        queue.leave(owner);
+    }
 }
 
 /// The bridge's time, counted from the TSC value `epoch`.
@@ -178,12 +182,25 @@ fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
         done.frames += frames as u64;
         done.bursts += u64::from(frames > 0);
     }
+    if !plan.devices.queues_of(index).is_empty() {
+        turn_devices(plan, index, clock, tools, &mut done);
+    }
     done
+}
+
+/// One look at every device's queue. Apart: the loop over guests' rings is laid out as if there were none.
+#[inline(never)]
+fn turn_devices(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools, done: &mut Turn) {
+    for queue in plan.devices.queues_of(index) {
+        let frames = poll(plan, queue, clock, tools);
+        done.frames += frames as u64;
+        done.bursts += u64::from(frames > 0);
+    }
 }
 
 /// One burst of one queue.
 #[inline(always)]
-fn poll(plan: &Plan, queue: &RxSlot, clock: Clock, tools: &mut Tools) -> usize {
+fn poll<R: Running>(plan: &Plan, queue: &RxSlot<R>, clock: Clock, tools: &mut Tools) -> usize {
     let Tools { owner, buffer, outputs, scratch } = tools;
     let Some(mut entered) = queue.enter(owner) else { return 0 };
     let Some(mut polled) = queue.polled(&mut entered, plan.burst) else { return 0 };
@@ -228,12 +245,29 @@ pub(crate) fn send(
     edit: TagEdit,
     scratch: &mut Scratch,
 ) {
-    let Some(port) = plan.port(port) else { return };
-    let active = port.active_queues();
-    if active <= 1 {
-        if let Some(slot) = port.tx.first() {
+    let Some(guest) = plan.port(port) else {
+        if let Some(device) = plan.devices.port(port) {
+            let active = device.shared.active_queues();
+            spread(burst, set, active, |queue, set| {
+                if let Some(slot) = device.tx.get(queue) {
+                    slot.send(burst, set, edit, scratch);
+                }
+            });
+        }
+        return;
+    };
+    spread(burst, set, guest.active_queues(), |queue, set| {
+        if let Some(slot) = guest.tx.get(queue) {
             slot.send(burst, set, edit, scratch);
         }
+    });
+}
+
+/// Divides `set` among `active` queues, each flow to one.
+#[inline(always)]
+fn spread(burst: &Burst<'_>, set: FrameSet, active: usize, mut send: impl FnMut(usize, FrameSet)) {
+    if active <= 1 {
+        send(0, set);
         return;
     }
     let mut left = set;
@@ -246,9 +280,7 @@ pub(crate) fn send(
             }
         }
         left = left.without(same);
-        if let Some(slot) = port.tx.get(queue) {
-            slot.send(burst, same, edit, scratch);
-        }
+        send(queue, same);
     }
 }
 
@@ -266,6 +298,9 @@ fn sleep(plan: &Plan, shared: &WorkerShared, owner: &mut Owner) {
     let queues = plan.queues.get(shared.index).map(Vec::as_slice).unwrap_or_default();
     let mut pending = false;
     for queue in queues {
+        pending |= queue.arm(owner, &shared.sleeper);
+    }
+    for queue in plan.devices.queues_of(shared.index) {
         pending |= queue.arm(owner, &shared.sleeper);
     }
     if !pending {

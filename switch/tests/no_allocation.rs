@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use switch::bridge::{BridgePlan, Fdb, PortPlan};
 use switch::config::Idle;
 use switch::events::Events;
-use switch::plan::{Plan, Plans};
+use switch::plan::{Devices, Plan, Plans};
 use switch::vhost_port::{VhostDevice, VhostPort};
 use switch::worker::{Worker, WorkerShared};
 use vhost_user::{Device, QueueStart};
@@ -200,6 +200,7 @@ fn pass_frames(layout: Layout) {
         bridge: BridgePlan::new(vec![Some(PortPlan::default()); 2], fdb, false).unwrap(),
         ports: ports.iter().cloned().map(Some).collect(),
         queues: vec![ports.iter().flat_map(|port| port.rx.iter().cloned()).collect()],
+        devices: Devices::default(),
         burst: 64,
         idle: Idle::Poll,
     };

@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -44,6 +44,50 @@ impl Switch {
     pub(crate) fn of_file(name: &str, ports: usize) -> Self {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
         Self::start(tempfile::tempdir().unwrap(), file, ports)
+    }
+
+    /// The switch that `config` describes.
+    pub(crate) fn of_text(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("switch.toml");
+        std::fs::write(&file, config).unwrap();
+        let mut switch = Self::start(dir, file, 0);
+        let end = Instant::now() + Duration::from_secs(10);
+        while !switch.log().contains("ready in") {
+            assert!(
+                switch.is_running() && Instant::now() < end,
+                "the switch does not start:\n{}",
+                switch.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        switch
+    }
+
+    /// Changes its file.
+    pub(crate) fn write(&self, config: &str) {
+        std::fs::write(&self.config, config).unwrap();
+    }
+
+    /// Makes it read its file again.
+    pub(crate) fn reload(&self) {
+        let output = self.ask("reload");
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    /// What it answers to a question, as JSON.
+    pub(crate) fn json(&self, question: &str) -> serde_json::Value {
+        serde_json::from_slice(&self.ask(question).stdout).unwrap()
+    }
+
+    fn ask(&self, question: &str) -> Output {
+        let mut command = Command::new(binary());
+        command.args(["switch", question, "--json", "--run-dir"]).arg(self.dir()).output().unwrap()
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_none()
     }
 
     fn start(dir: TempDir, config: PathBuf, ports: usize) -> Self {

@@ -14,7 +14,7 @@ const PIECES: usize = 64;
 /// Room for the pieces of one frame at a time.
 pub(super) struct Message {
     header: [u8; HEADER],
-    list: [libc::iovec; PIECES],
+    list: Box<[libc::iovec; PIECES]>,
     used: usize,
     /// Where the pieces beyond are gathered.
     room: Box<[u8]>,
@@ -26,7 +26,12 @@ unsafe impl Send for Message {}
 impl Message {
     pub(super) fn new() -> Self {
         let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        Self { header: [0; HEADER], list: [none; PIECES], used: 0, room: vec![0; MAX_FRAME as usize].into() }
+        Self {
+            header: [0; HEADER],
+            list: Box::new([none; PIECES]),
+            used: 0,
+            room: vec![0; MAX_FRAME as usize].into(),
+        }
     }
 
     /// The header that says `offload`, then the frame. What is returned points to the pieces, and into `self`.

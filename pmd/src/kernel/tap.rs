@@ -51,7 +51,7 @@ pub struct TapSource {
     file: Arc<File>,
     slots: Box<[u8]>,
     /// Bytes in each slot, header included; the first `ready` count.
-    lens: [usize; MAX_BURST],
+    lens: Box<[usize; MAX_BURST]>,
     ready: usize,
     /// Time stamp before which the kernel is not asked again.
     rests_until: u64,
@@ -96,7 +96,7 @@ fn open_queue(options: &TapOptions) -> Result<(TapSource, TapSink), OpenError> {
     let source = TapSource {
         file: file.clone(),
         slots: vec![0; SLOT * MAX_BURST].into(),
-        lens: [0; MAX_BURST],
+        lens: Box::new([0; MAX_BURST]),
         ready: 0,
         rests_until: 0,
         rest: tsc_hz() / 1_000_000 * REST_MICROSECONDS,
@@ -182,7 +182,7 @@ impl Source for TapSource {
             return Ok(self.ready);
         }
         let mut bytes = 0;
-        let slots = self.slots.chunks_exact_mut(SLOT).zip(&mut self.lens).take(limit);
+        let slots = self.slots.chunks_exact_mut(SLOT).zip(&mut self.lens[..]).take(limit);
         for (slot, len) in slots {
             let Some(room) = slot.get_mut(HEADER_AT..) else { break };
             match (&*self.file).read(room) {
@@ -208,7 +208,7 @@ impl Source for TapSource {
 
     fn lend(&mut self, frames: &mut [Frame]) -> usize {
         let ready = self.ready.min(frames.len());
-        let slots = self.slots.chunks_exact(SLOT).zip(&self.lens);
+        let slots = self.slots.chunks_exact(SLOT).zip(&self.lens[..]);
         for ((slot, &len), frame) in slots.zip(frames).take(ready) {
             let (header, bytes) = slot.split_at(HEADER_AT + HEADER);
             *frame = Frame {

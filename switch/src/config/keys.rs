@@ -8,10 +8,10 @@ use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, Socke
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
 use super::values::{
-    FeatureName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
+    DeviceName, FeatureName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
 };
 
-plain!(FeatureName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(DeviceName, FeatureName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.
@@ -42,6 +42,8 @@ keys! {
         name: Name,
         /// What is behind it.
         kind: PortKind,
+        /// The network interface behind a tap.
+        device: DeviceName,
         /// The UNIX socket; a relative path lies in the run directory.
         socket: SocketName,
         /// Whether we listen on the socket or connect to it.

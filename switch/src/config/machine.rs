@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use host::topology::{self, CoreSet};
 use nix::unistd::{AccessFlags, Gid, Group};
 
-use super::SocketSide;
+use super::{PortKind, SocketSide};
 use crate::sandbox::files::{FileAccess, directory_of};
+use crate::sandbox::{Devices, TUN};
 
 /// What validation asks of the machine. Each error is a sentence for the user.
 pub trait Surroundings {
@@ -34,6 +35,12 @@ pub trait Surroundings {
     /// # Errors
     /// We cannot, and why.
     fn socket(&self, path: &Path, side: SocketSide) -> Result<(), String>;
+
+    /// Whether ports of this kind can have devices here.
+    ///
+    /// # Errors
+    /// They cannot, and why. That the device is not there is none: it may come.
+    fn device(&self, name: &str, kind: PortKind) -> Result<(), String>;
 }
 
 /// The machine and the process that we are, as they were when this was made.
@@ -52,6 +59,8 @@ pub struct ThisMachine {
 struct Confined {
     /// Where sockets can be made, with device and inode of each directory; `None`: wherever permissions allow.
     directories: Option<Vec<(PathBuf, (u64, u64))>>,
+    /// What kinds of devices it may open.
+    devices: Devices,
 }
 
 fn identity(directory: &Path) -> Option<(u64, u64)> {
@@ -67,9 +76,9 @@ impl ThisMachine {
         Self { online, permitted, ours: Vec::new(), groups: Arc::default(), confined: None }
     }
 
-    /// The same machine for a switch that runs, held to `files` if to any. Ask before the thread is confined.
+    /// The same machine for a switch that runs, held to `devices`, and to `files` if to any. Ask before the thread is confined.
     #[must_use]
-    pub(crate) fn confined(&self, files: Option<&FileAccess>) -> Self {
+    pub(crate) fn confined(&self, files: Option<&FileAccess>, devices: Devices) -> Self {
         // Other sources of groups are asked through code that is loaded, which confinement forbids.
         let text = std::fs::read_to_string("/etc/group").unwrap_or_default();
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,7 +92,7 @@ impl ThisMachine {
         let directories = files.map(|files| {
             files.sockets.iter().filter_map(|dir| Some((dir.clone(), identity(dir)?))).collect()
         });
-        Self { confined: Some(Confined { directories }), ..self.clone() }
+        Self { confined: Some(Confined { directories, devices }), ..self.clone() }
     }
 
     /// The same machine when this process listens on these sockets: that they answer is no problem.
@@ -194,6 +203,23 @@ impl Surroundings for ThisMachine {
                  (ss -xlp shows it)",
                 path.display()
             ));
+        }
+        Ok(())
+    }
+
+    fn device(&self, name: &str, kind: PortKind) -> Result<(), String> {
+        let needed = Devices::of_kind(kind);
+        if self.confined.as_ref().is_some_and(|confined| !confined.devices.contains(needed)) {
+            return Err(format!(
+                "the switch confined itself when it started, and had no port of kind {:?} then: restart the switch",
+                kind.word()
+            ));
+        }
+        if needed.contains(Devices::TUN) {
+            let wanted = AccessFlags::R_OK | AccessFlags::W_OK;
+            nix::unistd::access(TUN, wanted).map_err(|error| {
+                format!("{name} cannot be a tap here, {TUN}: {error} (modprobe tun; ls -l {TUN})")
+            })?;
         }
         Ok(())
     }

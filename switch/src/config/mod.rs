@@ -4,6 +4,7 @@
 //! its line and what to write instead. Never opens a socket, never starts anything; what it needs to know of the machine
 //! it asks [`Surroundings`], so that a test can be any machine.
 
+mod behind;
 mod feature;
 mod keys;
 mod machine;
@@ -16,6 +17,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use behind::{Behind, Side};
 pub use feature::{Feature, FeatureSet};
 pub use keys::vocabulary;
 pub use machine::{Surroundings, ThisMachine};
@@ -35,7 +37,7 @@ pub struct Config {
     pub file: PathBuf,
     /// `[switch]`.
     pub switch: SwitchConfig,
-    /// `[[port]]`, in the order of the file. Names and sockets are unique.
+    /// `[[port]]`, in the order of the file. Names, sockets and devices are unique.
     pub ports: Vec<PortConfig>,
 }
 
@@ -66,12 +68,8 @@ pub struct PortConfig {
     /// Unique in the switch.
     pub name: String,
     /// What is behind it.
-    pub kind: PortKind,
-    /// The socket's path, already resolved in the run directory, at most [`SOCKET_PATH_MAX`] bytes.
-    pub socket: PathBuf,
-    /// Which end of the socket we are.
-    pub side: Side,
-    /// Most queue pairs that the guest may use, 1 to 128.
+    pub behind: Behind,
+    /// Most queue pairs that the guest may use, or as many as the device has; 1 to 128.
     pub queue_pairs: u16,
     /// The core of the worker of each queue pair, if the user pinned them (as many as there are queue pairs).
     pub queue_workers: Option<Vec<u32>>,
@@ -95,23 +93,6 @@ pub struct PortConfig {
     pub disable: FeatureSet,
     /// Most bytes of memory that a guest may share with us.
     pub max_memory: u64,
-}
-
-/// How a port's socket comes to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// We listen.
-    Server {
-        /// Permissions of the socket.
-        mode: u32,
-        /// Its group (a gid), if it is not the process's own.
-        group: Option<u32>,
-    },
-    /// We connect, for ever.
-    Client {
-        /// Time between attempts.
-        reconnect: Duration,
-    },
 }
 
 /// The VLANs of a port.

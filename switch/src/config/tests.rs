@@ -23,6 +23,10 @@ impl Surroundings for Lab {
     fn socket(&self, path: &Path, _: SocketSide) -> Result<(), String> {
         if path.ends_with("busy.sock") { Err("is in use".to_owned()) } else { Ok(()) }
     }
+
+    fn device(&self, name: &str, _: PortKind) -> Result<(), String> {
+        if name == "tap7" { Err("there are no taps here".to_owned()) } else { Ok(()) }
+    }
 }
 
 fn parse(text: &str) -> Result<Config, ConfigErrors> {
@@ -47,6 +51,14 @@ fn port_problem(keys: &str) -> String {
 
 fn one(keys: &str) -> PortConfig {
     port(keys).unwrap().ports.remove(0)
+}
+
+/// Which end of its socket a guest's port is.
+fn side(port: PortConfig) -> Side {
+    match port.behind {
+        Behind::VhostUser { side, .. } => side,
+        other => panic!("{other:?}"),
+    }
 }
 
 const CONFIGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs");
@@ -96,9 +108,10 @@ fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
         config.ports,
         [PortConfig {
             name: "a".into(),
-            kind: PortKind::VhostUser,
-            socket: "/run/cableway/a.sock".into(),
-            side: Side::Server { mode: 0o660, group: None },
+            behind: Behind::VhostUser {
+                socket: "/run/cableway/a.sock".into(),
+                side: Side::Server { mode: 0o660, group: None },
+            },
             queue_pairs: 1,
             queue_workers: None,
             vlan: Vlan::Unaware,
@@ -119,10 +132,10 @@ fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
 fn values_mean_what_they_say() {
     let pinned = one("queue_pairs = 2\nqueue_workers = [2, 1]\nsocket_mode = '0600'\nsocket_group = 'kvm'");
     assert_eq!(pinned.queue_workers, Some(vec![2, 1]));
-    assert_eq!(pinned.side, Side::Server { mode: 0o600, group: Some(36) });
+    assert_eq!(side(pinned), Side::Server { mode: 0o600, group: Some(36) });
     assert_eq!(one("queue_pairs = 3\nworker = 2").queue_workers, Some(vec![2, 2, 2]));
     let client = one("mode = 'client'\nreconnect_ms = 250");
-    assert_eq!(client.side, Side::Client { reconnect: Duration::from_millis(250) });
+    assert_eq!(side(client), Side::Client { reconnect: Duration::from_millis(250) });
     let trunk = one("vlan = { trunk = [30, '10-19', 20, '15-25'], native = 1 }");
     assert_eq!(trunk.vlan, Vlan::Trunk { allowed: vec![10..=25, 30..=30], native: Some(1) });
     assert_eq!(trunk.vlan.to_string(), "trunk 10-25,30, native 1");
@@ -255,6 +268,44 @@ fn a_name_or_socket_that_cannot_work_is_refused() {
     assert!(problems(twice).contains(
         "test.toml:10:10: port `b`: `socket`: /run/cableway/x is the socket of port `a` on line 6"
     ));
+}
+
+#[test]
+fn each_kind_of_port_has_keys_of_its_own() {
+    let with = |keys: &str| parse(&format!("[switch]\nworkers = [1]\n[[port]]\nname = 'a'\n{keys}\n"));
+    let tap = with("kind = 'tap'\ndevice = 'tap0'\nqueue_pairs = 2\ndisable = ['tso6']").unwrap();
+    assert_eq!(tap.ports[0].behind, Behind::Tap { device: "tap0".into() });
+    assert_eq!(with("kind = 'null'").unwrap().ports[0].behind, Behind::Null);
+    for (keys, wanted) in [
+        ("kind = 'tap'", "test.toml:3:1: [[port]] needs `device`: the interface, as in `device = \"tap0\"`"),
+        (
+            "kind = 'tap'\ndevice = 'tap0'\nsocket = 's'",
+            "test.toml:7:10: port `a`: `socket` works only with `kind = \"vhost-user\"`, not with \"tap\": take it out",
+        ),
+        (
+            "kind = 'vhost-user'\nsocket = 's'\ndevice = 'tap0'",
+            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"`, not with \"vhost-user\": take it out",
+        ),
+        (
+            "kind = 'null'\nqueue_pairs = 2",
+            "with `kind = \"vhost-user\"` or `kind = \"tap\"`, not with \"null\"",
+        ),
+        ("kind = 'tap'\ndevice = 'tap7'", "test.toml:6:10: port `a`: `device`: there are no taps here"),
+        ("kind = 'tap'\ndevice = 'a/b'", "'/' is not possible in an interface's name"),
+        ("kind = 'tap'\ndevice = 'sixteen-letters-'", "is 16 bytes long, an interface's name has at most 15"),
+        (
+            "kind = 'tap'\ndevice = 't'\ndisable = ['csum', 'packed']",
+            "test.toml:7:20: port `a`: `disable`: a tap has no `packed`; only offloads can be withheld from it",
+        ),
+        (
+            "kind = 'tap'\ndevice = 't'\n[[port]]\nname = 'b'\nkind = 'tap'\ndevice = 't'",
+            "test.toml:10:10: port `b`: `device`: t is the device of port `a` on line 6: each port has its own",
+        ),
+        ("kind = 'tab'\ndevice = 't'", "\"tab\" is unknown; did you mean `tap`?"),
+    ] {
+        let seen = with(keys).unwrap_err().to_string();
+        assert!(seen.lines().any(|line| line.contains(wanted)), "{keys}: {seen}");
+    }
 }
 
 #[test]

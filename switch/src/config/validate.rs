@@ -2,30 +2,23 @@
 
 use std::collections::HashMap;
 use std::ops::{Range, RangeInclusive};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use settings::values::{CoreNumber, Name, SocketName};
+use settings::values::{CoreNumber, Name};
 use settings::{DeTable, DeValue, Problems, Spanned, list, suggestion};
 
 use super::keys::{PortKeys, StaticKeys, StormKeys, SwitchKeys, VlanKeys};
 use super::machine::Surroundings;
 use super::values::{FrameRate, VlanRange};
 use crate::bridge::MAX_PORTS;
-use crate::control::CONTROL_SOCKET;
 
-use super::{
-    Config, Idle, PortConfig, PortKind, SOCKET_PATH_MAX, Side, SocketSide, StaticAddress, Storm,
-    SwitchConfig, Vlan,
-};
+use super::{Config, Idle, PortConfig, PortKind, StaticAddress, Storm, SwitchConfig, Vlan};
 
 const BURST: usize = 64;
 const FDB_SIZE: usize = 65_536;
 const FDB_AGE: Duration = Duration::from_secs(300);
 const QUEUE_PAIRS: u16 = 1;
-const SOCKET_MODE: u32 = 0o660;
-const RECONNECT: Duration = Duration::from_secs(1);
 const LEARN_LIMIT: u32 = 4_096;
 const MAX_MEMORY: u64 = 1 << 40;
 
@@ -130,26 +123,27 @@ fn switch(
 }
 
 /// What the user wrote, or the default.
-fn value_or<T>(written: Option<Spanned<T>>, default: T) -> T {
+pub(super) fn value_or<T>(written: Option<Spanned<T>>, default: T) -> T {
     written.map_or(default, Spanned::into_inner)
 }
 
 /// What the ports so far have taken, with the line.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     names: HashMap<String, usize>,
-    sockets: HashMap<PathBuf, (String, usize)>,
+    pub(super) sockets: HashMap<PathBuf, (String, usize)>,
+    pub(super) devices: HashMap<String, (String, usize)>,
     addresses: HashMap<StaticAddress, (String, usize)>,
 }
 
 /// Reads one port after the other.
-struct PortReader<'a, 't> {
-    run_dir: &'a Path,
-    surroundings: &'a dyn Surroundings,
+pub(super) struct PortReader<'a, 't> {
+    pub(super) run_dir: &'a Path,
+    pub(super) surroundings: &'a dyn Surroundings,
     /// Cores of the workers; empty if they were wrong.
     workers: &'a [u32],
-    problems: &'a mut Problems<'t>,
-    seen: Seen,
+    pub(super) problems: &'a mut Problems<'t>,
+    pub(super) seen: Seen,
 }
 
 impl PortReader<'_, '_> {
@@ -170,22 +164,9 @@ impl PortReader<'_, '_> {
             let kinds = format!("what is behind it, one of {}", list(PortKind::WORDS));
             keys.wrong.or_missing("kind", at.clone(), &kinds, self.problems);
         }
-        if keys.socket.is_none() {
-            keys.wrong.or_missing(
-                "socket",
-                at,
-                "where a VMM finds it, as in `socket = \"vnf1.sock\"`",
-                self.problems,
-            );
-        }
         let name = keys.name.take().map(|name| self.name(name));
         let call = name.clone().unwrap_or_default();
-        let side = self.side(&place, &mut keys);
-        let socket_side = match side {
-            Side::Server { .. } => SocketSide::Server,
-            Side::Client { .. } => SocketSide::Client,
-        };
-        let socket = keys.socket.take().map(|socket| self.socket(&place, &call, socket, socket_side));
+        let behind = self.behind(&place, &call, &at, &mut keys);
         let queue_pairs = keys.queue_pairs.take().map_or(QUEUE_PAIRS, |pairs| pairs.into_inner().get());
         let queue_workers = self.queue_workers(&place, &mut keys, queue_pairs);
         let vlan = keys.vlan.take().map_or(Vlan::Unaware, |vlan| self.vlan(&place, vlan));
@@ -200,9 +181,7 @@ impl PortReader<'_, '_> {
         let addresses = addresses.into_iter().filter_map(|a| self.address(&place, &call, a, &vlan)).collect();
         Some(PortConfig {
             name: name?,
-            kind: keys.kind?.into_inner(),
-            socket: socket?,
-            side,
+            behind: behind?,
             queue_pairs,
             queue_workers,
             vlan,
@@ -237,68 +216,6 @@ impl PortReader<'_, '_> {
             self.seen.names.insert(name.clone(), line);
         }
         name
-    }
-
-    /// Which end of the socket we are; the keys of the other end are a mistake.
-    fn side(&mut self, place: &str, keys: &mut PortKeys) -> Side {
-        let mode = keys.socket_mode.take();
-        let group = keys.socket_group.take();
-        let reconnect = keys.reconnect_ms.take();
-        let mut refuse = |span: Option<Range<usize>>, key: &str, side: SocketSide| {
-            if let Some(span) = span {
-                let needs = format!("`{key}` works only with `mode = \"{}\"`", side.word());
-                self.problems.add(span, format!("{place}{needs}: take one of them out"));
-            }
-        };
-        match value_or(keys.mode.take(), SocketSide::Server) {
-            SocketSide::Server => {
-                refuse(reconnect.map(|key| key.span()), "reconnect_ms", SocketSide::Client);
-                let mode = mode.map_or(SOCKET_MODE, |mode| mode.into_inner().0);
-                let group = group.and_then(|group| match self.surroundings.group(&group.get_ref().0) {
-                    Ok(gid) => Some(gid),
-                    Err(why) => {
-                        self.problems.add(group.span(), format!("{place}`socket_group`: {why}"));
-                        None
-                    }
-                });
-                Side::Server { mode, group }
-            }
-            SocketSide::Client => {
-                refuse(mode.map(|key| key.span()), "socket_mode", SocketSide::Server);
-                refuse(group.map(|key| key.span()), "socket_group", SocketSide::Server);
-                Side::Client {
-                    reconnect: reconnect.map_or(RECONNECT, |ms| Duration::from_millis(ms.into_inner().get())),
-                }
-            }
-        }
-    }
-
-    /// The socket's path, resolved, unique and possible.
-    fn socket(&mut self, place: &str, name: &str, socket: Spanned<SocketName>, side: SocketSide) -> PathBuf {
-        let span = socket.span();
-        let path = self.run_dir.join(&socket.get_ref().0);
-        let length = path.as_os_str().as_bytes().len();
-        let mut wrong =
-            |message: String| self.problems.add(span.clone(), format!("{place}`socket`: {message}"));
-        if length > SOCKET_PATH_MAX {
-            wrong(format!(
-                "{} is {length} bytes long, the kernel takes at most {SOCKET_PATH_MAX}: choose a shorter run directory \
-                 (--run-dir) or path",
-                path.display()
-            ));
-        } else if path == self.run_dir.join(CONTROL_SOCKET) {
-            wrong(format!("{CONTROL_SOCKET} is the switch's own control socket: choose another name"));
-        } else if let Some((other, line)) = self.seen.sockets.get(&path) {
-            wrong(format!(
-                "{} is the socket of port `{other}` on line {line}: each port has its own",
-                path.display()
-            ));
-        } else if let Err(why) = self.surroundings.socket(&path, side) {
-            wrong(why);
-        }
-        let line = self.problems.line(&span);
-        self.seen.sockets.entry(path.clone()).or_insert((name.to_owned(), line));
-        path
     }
 
     /// The core of each queue pair, if the user pinned them.

@@ -218,16 +218,19 @@ pub struct PortReport {
     pub name: String,
     /// What is behind it, as in the configuration.
     pub kind: String,
-    /// Path of its socket.
-    pub socket: String,
-    /// `server` or `client`.
-    pub mode: String,
+    /// Path of its socket (`vhost-user` only).
+    pub socket: Option<String>,
+    /// `server` or `client` (`vhost-user` only).
+    pub mode: Option<String>,
+    /// The network interface (`tap` only).
+    pub device: Option<String>,
     /// How far it has come.
     pub state: PortState,
     /// Why it stopped, what it refused last since it came up, or why the last connection ended; absent if none of these
     /// happened.
     pub reason: Option<String>,
-    /// Virtio features that the guest acknowledged, by name; empty before.
+    /// Virtio features that the guest acknowledged, by name (of a tap: the offloads in use, as a guest would call them); empty
+    /// before.
     pub features: Vec<String>,
     /// Layout of the guest's rings: `split` or `packed`; absent before they run.
     pub layout: Option<String>,
@@ -255,7 +258,8 @@ pub enum PortState {
     Connected,
     /// Frames can pass.
     Up,
-    /// Broken by its guest or VMM, until they reconnect; `reason` says how.
+    /// Broken by its guest or VMM, until they reconnect, or without its network device, until that is there again; `reason` says
+    /// how.
     Stopped,
 }
 

@@ -53,8 +53,9 @@ impl SwitchState for Still {
         let port = |name: &str, state| PortReport {
             name: name.into(),
             kind: "vhost-user".into(),
-            socket: format!("/run/x/{name}.sock"),
-            mode: "server".into(),
+            socket: Some(format!("/run/x/{name}.sock")),
+            device: None,
+            mode: Some("server".into()),
             state,
             reason: Some("descriptor 17".into()),
             features: vec!["packed".into()],

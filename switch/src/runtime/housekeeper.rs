@@ -2,11 +2,13 @@
 //! on workers and answers what workers report.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, select};
 use virtio::device::RingError;
 
+use super::attached::{self, Attached};
 use super::placement::{Queue, load, place, rebalance};
 use super::ports::{self, RunningPort};
 use super::{ApplyError, PortView, Shared, StartError, View};
@@ -14,8 +16,8 @@ use crate::bridge::{Clock, MAX_PORTS, PlanError};
 use crate::config::{Config, Idle, PortConfig};
 use crate::control::report::ReloadReport;
 use crate::events::{Event, Events};
-use crate::plan::Plan;
-use crate::vhost_port::{PortState, RxSlot};
+use crate::plan::{Devices, Plan};
+use crate::slot::PortState;
 use crate::worker::clock_since;
 
 /// How often ageing, placement and lost events are looked after.
@@ -23,6 +25,9 @@ const TICK: Duration = Duration::from_millis(200);
 
 /// How often queues may move to another worker.
 const REBALANCE: Duration = Duration::from_secs(2);
+
+/// How often a device that is gone is looked for.
+const REOPEN: Duration = Duration::from_secs(1);
 
 /// Buckets of the learning table that are aged in one tick.
 const AGED_PER_TICK: usize = 16_384;
@@ -94,7 +99,7 @@ impl Housekeeper {
 
     /// Ports with their numbers, as the configuration in force has them.
     fn numbered(&self) -> Vec<(u16, PortConfig)> {
-        self.ports.iter().map(|p| (p.port.shared.number, p.config.clone())).collect()
+        self.ports.iter().map(|p| (p.port.number(), p.config.clone())).collect()
     }
 
     fn clock(&self) -> Clock {
@@ -104,6 +109,7 @@ impl Housekeeper {
     fn event(&mut self, event: Event, inbox: &Receiver<Event>) {
         match event {
             Event::RingBroken { port, queue, error } => self.broken(port, queue, &error.to_string()),
+            Event::DeviceGone { port, error } => self.device_gone(port, &error.to_string()),
             Event::Announce { port, mac } => {
                 super::announce::announce(&self.shared.plans.load().1, port, mac, self.clock());
             }
@@ -126,10 +132,42 @@ impl Housekeeper {
         self.stop_port(number, &format!("{ring} ring {}: {reason}", queue / 2));
     }
 
+    /// A device failed: its port stops until it can be opened again.
+    fn device_gone(&mut self, number: u16, reason: &str) {
+        let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
+        let device = port.config.behind.device().unwrap_or_default().to_owned();
+        self.stop_port(number, &format!("interface {device} is gone ({reason})"));
+    }
+
+    /// Opens devices that are there again.
+    fn reopen_devices(&mut self) {
+        let mut opened = false;
+        for running in &mut self.ports {
+            let Attached::Device(port) = &running.port else { continue };
+            if port.shared.state() == PortState::Up && !port.shared.broken.load(Ordering::Acquire)
+                || running.tried.elapsed() < REOPEN
+            {
+                continue;
+            }
+            port.halt();
+            running.tried = Instant::now();
+            match port.open(&running.config, false) {
+                Ok(()) => {
+                    tracing::info!("port {} is up again", running.config.name);
+                    opened = true;
+                }
+                Err(error) => port.wait(&error),
+            }
+        }
+        if opened {
+            self.republish();
+        }
+    }
+
     fn stop_port(&mut self, number: u16, text: &str) {
-        let Some(port) = self.ports.iter().find(|p| p.port.shared.number == number) else { return };
+        let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
         tracing::warn!("port {} stopped: {text}", port.config.name);
-        port.port.shared.set_state(PortState::Stopped(text.to_owned()));
+        port.port.shared().set_state(PortState::Stopped(text.to_owned()));
         port.port.halt();
         self.republish();
     }
@@ -143,14 +181,15 @@ impl Housekeeper {
         }
         // A guest that cuts off its memory file while no frame flies.
         let gone = |p: &&RunningPort| {
-            p.port.memory_gone() && !matches!(p.port.shared.state(), PortState::Stopped(_))
+            p.port.memory_gone() && !matches!(p.port.shared().state(), PortState::Stopped(_))
         };
-        let cut_off: Vec<u16> = self.ports.iter().filter(gone).map(|p| p.port.shared.number).collect();
+        let cut_off: Vec<u16> = self.ports.iter().filter(gone).map(|p| p.port.number()).collect();
         for number in cut_off {
             self.stop_port(number, &RingError::MemoryGone.to_string());
         }
+        self.reopen_devices();
         // Should an event ever be lost, what it told of is still true.
-        let active: usize = self.ports.iter().map(|p| p.port.polled().count()).sum();
+        let active: usize = self.ports.iter().map(|p| p.port.polled().len()).sum();
         if active != self.places.len() {
             self.republish();
         }
@@ -163,29 +202,26 @@ impl Housekeeper {
     }
 
     /// Queues that run, where they are and what came in on them since the last look.
-    fn queues(&mut self) -> Vec<(u16, usize, Arc<RxSlot>, Queue)> {
+    fn queues(&mut self) -> Vec<(u16, usize, attached::Queue, Queue)> {
         let workers = &self.config.switch.workers;
         let mut queues = Vec::new();
         let mut measured = Vec::new();
         for running in &self.ports {
-            let number = running.port.shared.number;
+            let number = running.port.number();
             for (pair, slot) in running.port.polled() {
-                let (frames, bytes) = (slot.counters.received.get(), slot.counters.bytes.get());
+                let counters = slot.counters();
+                let (frames, bytes) = (counters.received.get(), counters.bytes.get());
                 let before = self.measured.iter().find(|m| (m.0, m.1) == (number, pair));
                 let (f, b) = before.map_or((0, 0), |m| (m.2, m.3));
                 let core = running.config.queue_workers.as_ref().and_then(|cores| cores.get(pair));
                 let place = self.places.iter().find(|p| (p.0, p.1) == (number, pair));
-                queues.push((
-                    number,
-                    pair,
-                    slot.clone(),
-                    Queue {
-                        pinned: core.and_then(|core| workers.iter().position(|w| w == core)),
-                        current: place.map(|p| p.2),
-                        node: slot.memory_node(),
-                        load: load(frames - f, bytes - b),
-                    },
-                ));
+                let queue = Queue {
+                    pinned: core.and_then(|core| workers.iter().position(|w| w == core)),
+                    current: place.map(|p| p.2),
+                    node: slot.memory_node(),
+                    load: load(frames - f, bytes - b),
+                };
+                queues.push((number, pair, slot, queue));
                 measured.push((number, pair, frames, bytes));
             }
         }
@@ -206,7 +242,7 @@ impl Housekeeper {
         if let Some(place) = self.places.iter_mut().find(|p| (p.0, p.1) == (*number, *pair)) {
             place.2 = worker;
         }
-        let name = self.ports.iter().find(|p| p.port.shared.number == *number).map(|p| &*p.config.name);
+        let name = self.ports.iter().find(|p| p.port.number() == *number).map(|p| &*p.config.name);
         tracing::info!("port {} queue {pair} moves to worker {worker}", name.unwrap_or_default());
         self.republish();
     }
@@ -217,18 +253,29 @@ impl Housekeeper {
         let plain: Vec<Queue> = queues.iter().map(|q| q.3).collect();
         let places = place(&plain, &self.worker_nodes());
         let mut by_worker = vec![Vec::new(); self.shared.workers.len()];
+        let mut devices =
+            Devices { queues: vec![Vec::new(); self.shared.workers.len()], ..Devices::default() };
         self.places.clear();
         for ((number, pair, slot, _), worker) in queues.into_iter().zip(places) {
             self.places.push((number, pair, worker));
-            if let Some(list) = by_worker.get_mut(worker) {
-                list.push(slot);
+            if let (Some(guests), Some(devices)) = (by_worker.get_mut(worker), devices.queues.get_mut(worker))
+            {
+                match slot {
+                    attached::Queue::Guest(slot) => guests.push(slot),
+                    attached::Queue::Device(slot) => devices.push(slot),
+                }
             }
         }
-        let highest = self.ports.iter().map(|p| usize::from(p.port.shared.number) + 1).max().unwrap_or(0);
+        let highest = self.ports.iter().map(|p| usize::from(p.port.number()) + 1).max().unwrap_or(0);
         let mut by_number = vec![None; highest];
+        devices.ports = vec![None; highest];
         for running in &self.ports {
-            if let Some(slot) = by_number.get_mut(usize::from(running.port.shared.number)) {
-                *slot = Some(running.port.clone());
+            let number = usize::from(running.port.number());
+            if let (Some(guest), Some(device)) = (by_number.get_mut(number), devices.ports.get_mut(number)) {
+                match &running.port {
+                    Attached::Guest(port) => *guest = Some(port.clone()),
+                    Attached::Device(port) => *device = Some(port.clone()),
+                }
             }
         }
         let bridge = ports::bridge(&self.config, &self.ports, self.shared.fdb.clone())?;
@@ -239,6 +286,7 @@ impl Housekeeper {
             bridge,
             ports: by_number,
             queues: by_worker,
+            devices,
             burst: self.config.switch.burst,
             idle: self.config.switch.idle,
         });
@@ -261,22 +309,21 @@ impl Housekeeper {
         self.check_restart(&config)?;
         let mut report = self.difference(&config);
         let gone = |p: &RunningPort| config.port(&p.config.name).is_none();
-        // Sockets that somebody else wants from now on are free before they are opened.
-        let wanted_anew = |p: &RunningPort| config.ports.iter().any(|c| c.socket == p.config.socket);
+        // Sockets and devices that somebody else wants from now on are free before they are opened.
+        let wanted_anew = |p: &RunningPort| config.ports.iter().any(|c| c.behind.collides(&p.config.behind));
         let (leaving, staying): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ports)
             .into_iter()
             .partition(|p| report.reconnected.contains(&p.config.name) || (gone(p) && wanted_anew(p)));
         self.ports = staying;
         let mut closed = Vec::new();
         for old in leaving {
-            self.shared.fdb.flush_port(old.port.shared.number);
+            self.shared.fdb.flush_port(old.port.number());
             closed.push(old.config.clone());
         }
         let opened = self.open_missing(&config.ports).and_then(|opened| {
             let ports = self.ports.iter().chain(&opened);
-            let entries: Vec<(u16, PortConfig)> = ports
-                .filter_map(|p| Some((p.port.shared.number, config.port(&p.config.name)?.clone())))
-                .collect();
+            let entries: Vec<(u16, PortConfig)> =
+                ports.filter_map(|p| Some((p.port.number(), config.port(&p.config.name)?.clone()))).collect();
             self.shared.fdb.set_static(&ports::static_entries(&entries))?;
             Ok(opened)
         });
@@ -300,7 +347,7 @@ impl Housekeeper {
         self.config = config;
         self.publish().map_err(StartError::from)?;
         for port in removed {
-            self.shared.fdb.flush_port(port.port.shared.number);
+            self.shared.fdb.flush_port(port.port.number());
         }
         Ok(report)
     }
@@ -328,7 +375,7 @@ impl Housekeeper {
 
     /// Opens those of `wanted` that do not run.
     fn open_missing(&self, wanted: &[PortConfig]) -> Result<Vec<RunningPort>, StartError> {
-        let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.shared.number).collect();
+        let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.number()).collect();
         let mut opened = Vec::new();
         for port in wanted {
             if self.ports.iter().all(|p| p.config.name != port.name) {
@@ -372,7 +419,6 @@ impl Housekeeper {
 
 fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, StartError> {
     ports::open(config, number, events)
-        .map_err(|source| StartError::Port { port: config.name.clone(), source })
 }
 
 fn free_number(taken: &[u16]) -> u16 {

@@ -4,6 +4,7 @@
 //! thread is the only one that changes anything, so that changes are one after the other by construction.
 
 mod announce;
+mod attached;
 mod housekeeper;
 mod placement;
 mod ports;
@@ -23,10 +24,11 @@ use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
 use crate::plan::Plans;
 use crate::sandbox::files::{FileAccess, FilesError, Held};
-use crate::sandbox::{self, SandboxError, ThreadKind};
-use crate::vhost_port::VhostPort;
+use crate::sandbox::{self, Devices, SandboxError, ThreadKind};
 use crate::worker::{Worker, WorkerShared};
+pub(crate) use attached::Attached;
 use housekeeper::{Command, Housekeeper};
+pub(crate) use ports::OFFERED;
 
 /// Why a switch did not start.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,14 @@ pub enum StartError {
         port: String,
         /// What is wrong with its socket.
         source: vhost_user::SocketError,
+    },
+    /// A network device could not be opened.
+    #[error("port {port}: {source}")]
+    Device {
+        /// The port's name.
+        port: String,
+        /// What is wrong with its device.
+        source: pmd::kernel::OpenError,
     },
     /// The learning table or its static entries.
     #[error("learning table: {0}")]
@@ -82,7 +92,7 @@ pub enum ApplyError {
 #[derive(Clone)]
 pub(crate) struct PortView {
     pub(crate) config: PortConfig,
-    pub(crate) port: Arc<VhostPort>,
+    pub(crate) port: Attached,
 }
 
 /// What readers see of the configuration in force.
@@ -142,6 +152,7 @@ impl Switch {
         }
         let (ready, result) = bounded(1);
         let files = FileAccess::of(&config, &switch.run_dir);
+        let devices = Devices::of(&config);
         let for_main = files.clone();
         let thread = std::thread::Builder::new().name("housekeeping".into()).spawn(move || {
             // Session threads are started from here, and inherit cores and confinement.
@@ -161,7 +172,7 @@ impl Switch {
         let ended = |_| Err(std::io::Error::other("housekeeping ended at once").into());
         let held = result.recv().unwrap_or_else(ended)?;
         let in_force = for_main.as_ref().filter(|_| held != Held::NotAtAll);
-        switch.machine = switch.machine.confined(in_force);
+        switch.machine = switch.machine.confined(in_force, devices);
         Ok(switch)
     }
 
@@ -203,6 +214,7 @@ fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle
     let core = worker.core;
     let failed = move |reason: String| StartError::Worker { core, reason };
     let plans = shared.plans.clone();
+    let devices = Devices::of(&shared.view.load().config);
     let (ready, result) = bounded(1);
     let thread = std::thread::Builder::new()
         .name(format!("worker-{core}"))
@@ -211,7 +223,7 @@ fn start_worker(worker: Arc<WorkerShared>, shared: &Shared) -> Result<JoinHandle
             // Allocated here, on the worker's node.
             let worker =
                 Worker::new(worker, plans).ok_or_else(|| failed("too many workers were started".into()));
-            let confined = placed.and_then(|()| Ok(sandbox::apply(ThreadKind::Worker)?)).and(worker);
+            let confined = placed.and_then(|()| Ok(sandbox::apply(ThreadKind::Worker, devices)?)).and(worker);
             match confined {
                 Ok(mut worker) => {
                     let _ = ready.send(Ok(()));
@@ -236,7 +248,7 @@ pub fn become_housekeeping(config: &Config, files: Option<&FileAccess>) -> Resul
     host_cores(config)?;
     // The filter does not let the calls of Landlock pass.
     let held = files.map_or(Ok(Held::NotAtAll), FileAccess::confine)?;
-    sandbox::apply(ThreadKind::Housekeeping)?;
+    sandbox::apply(ThreadKind::Housekeeping, Devices::of(config))?;
     Ok(held)
 }
 

@@ -1,7 +1,10 @@
-//! From a port's configuration to what runs: its session, its place in the bridge, its part of a plan.
+//! From a port's configuration to what runs: its session or device, its place in the bridge, its part of a plan.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
+use pmd::kernel::OpenError;
 use vhost_user::backend::{Endpoint, Options, SUPPORTED, SessionHandle, serve};
 use vhost_user::{Mode, ProtocolFeatures, SocketError};
 use virtio::features;
@@ -10,19 +13,24 @@ use crate::bridge::fdb::Key;
 use crate::bridge::{
     BridgePlan, Fdb, Mac, PlanError, PortPlan, StaticEntry, StormGuard, StormRate, VlanMode,
 };
-use crate::config::{Config, Feature, PortConfig, Side, Storm, Vlan};
+use crate::config::{Behind, Config, Feature, PortConfig, Side, Storm, Vlan};
+use crate::device_port::DevicePort;
 use crate::events::Events;
-use crate::plan::Plan;
+use crate::plan::{Devices, Plan};
 use crate::vhost_port::{VhostDevice, VhostPort};
 
-/// A port and the session that serves it.
+use super::{Attached, StartError};
+
+/// A port and what serves it.
 pub(super) struct RunningPort {
     pub(super) config: PortConfig,
-    pub(super) port: Arc<VhostPort>,
+    pub(super) port: Attached,
     /// Shared by all plans, so that a change elsewhere does not refill the buckets.
     storm: Arc<StormGuard>,
-    /// Dropping it closes the socket and the connection.
-    _session: SessionHandle,
+    /// A guest's: dropping it closes the socket and the connection.
+    _session: Option<SessionHandle>,
+    /// When opening a device was last tried.
+    pub(super) tried: Instant,
 }
 
 impl RunningPort {
@@ -35,6 +43,15 @@ impl RunningPort {
     }
 }
 
+impl Drop for RunningPort {
+    /// A device is free when its port is gone, not when the last worker has forgotten the plan that it was in.
+    fn drop(&mut self) {
+        if let Attached::Device(port) = &self.port {
+            port.halt();
+        }
+    }
+}
+
 /// Limits, and twice a hundredth of a second's worth at once.
 fn storm_guard(storm: &Storm) -> Arc<StormGuard> {
     let rate = |frames: Option<u32>| frames.map(|frames| StormRate { frames, burst: (frames / 50).max(1) });
@@ -43,7 +60,7 @@ fn storm_guard(storm: &Storm) -> Arc<StormGuard> {
 }
 
 /// Virtio features on offer, before a port's `disable`.
-const OFFERED: u64 = features::VERSION_1
+pub(crate) const OFFERED: u64 = features::VERSION_1
     | features::NET_MRG_RXBUF
     | features::RING_INDIRECT_DESC
     | features::RING_EVENT_IDX
@@ -68,24 +85,51 @@ const OFFERED: u64 = features::VERSION_1
     | features::NET_CTRL_VQ
     | features::NET_GUEST_ANNOUNCE;
 
-/// Opens a port: when it returns, its socket can be connected to (or is being connected).
-pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, SocketError> {
-    let port = VhostPort::new(number, &config.name, config.queue_pairs, events.clone());
+/// Opens a port: when it returns, its socket can be connected to (or is being connected), or its device is in use (or is being
+/// waited for).
+pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, StartError> {
+    let name = config.name.clone();
+    let (port, session) = match &config.behind {
+        Behind::VhostUser { socket, side } => {
+            let port = VhostPort::new(number, &config.name, config.queue_pairs, events.clone());
+            let session = open_session(config, socket, side, &port);
+            let session = session.map_err(|source| StartError::Port { port: name, source })?;
+            (Attached::Guest(port), Some(session))
+        }
+        Behind::Tap { .. } | Behind::Null => {
+            let port = DevicePort::new(number, &config.name, config.queue_pairs, events.clone());
+            match port.open(config, true) {
+                Ok(()) => {}
+                Err(absent @ OpenError::Absent { .. }) => port.wait(&absent),
+                Err(source) => return Err(StartError::Device { port: name, source }),
+            }
+            (Attached::Device(port), None)
+        }
+    };
+    let (storm, tried) = (storm_guard(&config.storm), Instant::now());
+    Ok(RunningPort { storm, config: config.clone(), port, _session: session, tried })
+}
+
+fn open_session(
+    config: &PortConfig,
+    socket: &Path,
+    side: &Side,
+    port: &Arc<VhostPort>,
+) -> Result<SessionHandle, SocketError> {
     let withheld = Feature::ALL.iter().filter(|f| config.disable.contains(**f));
     let offered = withheld.fold(OFFERED, |offered, f| offered & !f.virtio_bits());
     let device = VhostDevice::new(port.clone(), offered, config.mtu);
-    let mode = match config.side {
+    let mode = match *side {
         Side::Server { mode, group } => Mode::Server { mode, group },
         Side::Client { reconnect } => Mode::Client { retry: reconnect },
     };
-    let endpoint = Endpoint { path: config.socket.clone(), mode };
+    let endpoint = Endpoint { path: socket.to_owned(), mode };
     let options = Options {
         protocol_features: protocol_features(config),
         memory_limit: config.max_memory,
         ..Options::new(&config.name)
     };
-    let session = serve(endpoint, options, Box::new(device))?;
-    Ok(RunningPort { storm: storm_guard(&config.storm), config: config.clone(), port, _session: session })
+    serve(endpoint, options, Box::new(device))
 }
 
 fn protocol_features(config: &PortConfig) -> ProtocolFeatures {
@@ -103,11 +147,9 @@ fn protocol_features(config: &PortConfig) -> ProtocolFeatures {
     withheld.fold(SUPPORTED, |offered, (_, bit)| offered - *bit)
 }
 
-/// Whether two configurations need different sessions; what they differ in otherwise is the bridge's.
+/// Whether two configurations can have the same session or device; what they differ in otherwise is the bridge's.
 pub(super) fn same_session(a: &PortConfig, b: &PortConfig) -> bool {
-    a.kind == b.kind
-        && a.socket == b.socket
-        && a.side == b.side
+    a.behind == b.behind
         && a.queue_pairs == b.queue_pairs
         && a.disable == b.disable
         && a.max_memory == b.max_memory
@@ -119,7 +161,7 @@ pub(super) fn bridge(config: &Config, ports: &[RunningPort], fdb: Arc<Fdb>) -> R
     let mut groups: Vec<&str> = ports.iter().filter_map(|p| p.config.isolation.as_deref()).collect();
     groups.sort_unstable();
     groups.dedup();
-    let highest = ports.iter().map(|p| usize::from(p.port.shared.number) + 1).max().unwrap_or(0);
+    let highest = ports.iter().map(|p| usize::from(p.port.number()) + 1).max().unwrap_or(0);
     let mut plans: Vec<Option<PortPlan>> = (0..highest).map(|_| None).collect();
     for running in ports {
         let c = &running.config;
@@ -135,7 +177,7 @@ pub(super) fn bridge(config: &Config, ports: &[RunningPort], fdb: Arc<Fdb>) -> R
                 .then(|| c.addresses.iter().map(|a| Key::new(Mac(a.address), a.vlan.unwrap_or(0))).collect()),
             storm: running.storm.clone(),
         };
-        if let Some(slot) = plans.get_mut(usize::from(running.port.shared.number)) {
+        if let Some(slot) = plans.get_mut(usize::from(running.port.number())) {
             *slot = Some(plan);
         }
     }
@@ -171,6 +213,7 @@ pub(super) fn empty_plan(config: &Config, fdb: Arc<Fdb>) -> Result<Plan, PlanErr
         bridge: bridge(config, &[], fdb)?,
         ports: Vec::new(),
         queues: vec![Vec::new(); config.switch.workers.len()],
+        devices: Devices::default(),
         burst: config.switch.burst,
         idle: config.switch.idle,
     })

@@ -7,14 +7,15 @@ use std::sync::atomic::Ordering;
 use port::DropReason;
 
 use super::{PortView, Switch};
-use crate::config::{Config, Side, Vlan};
+use crate::config::{Behind, Config, Side, Vlan};
 use crate::control::report::{
     AddressStats, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport,
     ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
 };
 use crate::control::{SwitchState, feature_names};
 use crate::counters::{RxCounters, TxCounters};
-use crate::vhost_port::{PortState as State, RingView};
+use crate::slot::PortState as State;
+use crate::vhost_port::RingView;
 use crate::worker::clock_since;
 
 impl SwitchState for Switch {
@@ -53,7 +54,7 @@ impl SwitchState for Switch {
         let view = self.shared.view.load();
         let now = clock_since(self.shared.epoch).seconds;
         let name = |number: u16| {
-            let port = view.ports.iter().find(|p| p.port.shared.number == number);
+            let port = view.ports.iter().find(|p| p.port.number() == number);
             port.map_or_else(|| number.to_string(), |p| p.config.name.clone())
         };
         let mut found: Vec<_> = self.shared.fdb.entries().collect();
@@ -72,7 +73,7 @@ impl SwitchState for Switch {
 
     fn reload(&self) -> Result<ReloadReport, String> {
         let view = self.shared.view.load_full();
-        let ours = view.config.ports.iter().map(|p| p.socket.clone()).collect();
+        let ours = view.config.ports.iter().filter_map(|p| Some(p.behind.socket()?.to_owned())).collect();
         let machine = self.machine.listening_on(ours);
         let config = Config::load(&view.config.file, &self.run_dir, &machine).map_err(|e| e.to_string())?;
         self.apply(config).map_err(|e| e.to_string())
@@ -105,16 +106,13 @@ impl Switch {
 
     fn port_stats(&self, view: &PortView) -> PortStats {
         let (_, plan) = self.shared.plans.load();
-        let core_of = |index: u16| {
-            let polls = |w: &usize| {
-                let queues = plan.queues.get(*w).map(Vec::as_slice).unwrap_or_default();
-                queues.iter().any(|q| q.port_number() == view.port.shared.number && q.index() == index)
-            };
-            (0..plan.queues.len()).find(polls).and_then(|w| self.shared.workers.get(w)).map(|w| w.core)
+        let core_of = |queue: u16| {
+            let worker = view.port.worker_of(usize::from(queue), &plan)?;
+            self.shared.workers.get(worker).map(|w| w.core)
         };
-        let rx =
-            (0u16..).zip(&view.port.rx).map(|(queue, s)| rx_stats(queue, core_of(s.index()), &s.counters));
-        let tx = (0u16..).zip(&view.port.tx).map(|(queue, s)| tx_stats(queue, &s.counters));
+        let received = (0u16..).zip(view.port.received());
+        let rx = received.map(|(queue, counters)| rx_stats(queue, core_of(queue), counters));
+        let tx = (0u16..).zip(view.port.sent()).map(|(queue, counters)| tx_stats(queue, counters));
         PortStats {
             name: view.config.name.clone(),
             rx: rx.filter(|q| q.queue == 0 || q.worker.is_some() || q.received > 0).collect(),
@@ -164,9 +162,17 @@ fn tx_stats(queue: u16, c: &TxCounters) -> TxStats {
 }
 
 fn port_report(view: &PortView) -> PortReport {
-    let (c, shared) = (&view.config, &view.port.shared);
+    let (c, shared) = (&view.config, view.port.shared());
     let info = shared.info();
-    let server = matches!(c.side, Side::Server { .. });
+    let (socket, mode, device) = match &c.behind {
+        Behind::VhostUser { socket, side } => {
+            let mode = if matches!(side, Side::Server { .. }) { "server" } else { "client" };
+            (Some(socket.display().to_string()), Some(mode.to_owned()), None)
+        }
+        Behind::Tap { device } => (None, None, Some(device.clone())),
+        Behind::Null => (None, None, None),
+    };
+    let server = mode.as_deref() == Some("server");
     let (state, reason) = match shared.state() {
         State::Waiting if server => (PortState::Listening, info.last_end),
         State::Waiting => (PortState::Connecting, info.last_end),
@@ -177,9 +183,10 @@ fn port_report(view: &PortView) -> PortReport {
     let rings: Vec<RingView> = view.port.rings();
     PortReport {
         name: c.name.clone(),
-        kind: c.kind.word().to_owned(),
-        socket: c.socket.display().to_string(),
-        mode: if server { "server" } else { "client" }.to_owned(),
+        kind: c.behind.kind().word().to_owned(),
+        socket,
+        mode,
+        device,
         state,
         reason,
         features: feature_names(info.features),

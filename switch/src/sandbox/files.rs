@@ -1,6 +1,6 @@
 //! Which files a running switch may open, make and remove: Landlock rules (Linux 5.13 and later) out of its configuration.
 //!
-//! Owns the two lists of directories, and how they are put in force for housekeeping, sessions, the control socket and main.
+//! Owns the lists of directories and devices, and how they are put in force for housekeeping, sessions, the control socket and main.
 //! Workers need none: their seccomp filter lets them open nothing. What is in force can never be widened, so a reload has to
 //! live within what the start named (`config::machine` says so to the user). Connecting to a socket is not restricted:
 //! which VMM a client port connects to may change at any time.
@@ -12,7 +12,8 @@ use landlock::{
     RulesetStatus, Scope, path_beneath_rules,
 };
 
-use crate::config::{Config, Side};
+use super::{Devices, TUN};
+use crate::config::Config;
 
 /// The rights that are withheld unless a rule grants them. Later versions add the right to connect to a socket.
 const KNOWN: ABI = ABI::V7;
@@ -45,6 +46,8 @@ pub struct FileAccess {
     pub read: Vec<PathBuf>,
     /// Where it makes and removes sockets.
     pub sockets: Vec<PathBuf>,
+    /// Devices that it opens to read and write.
+    pub devices: Vec<PathBuf>,
 }
 
 impl FileAccess {
@@ -60,13 +63,14 @@ impl FileAccess {
             read.extend(file.ok().as_deref().and_then(Path::parent).map(Path::to_owned));
         }
         let mut sockets = vec![run_dir.to_owned()];
-        let ours = config.ports.iter().filter(|port| matches!(port.side, Side::Server { .. }));
-        sockets.extend(ours.filter_map(|port| Some(directory_of(&port.socket)?.to_owned())));
+        let ours = config.ports.iter().filter_map(|port| port.behind.listens_on());
+        sockets.extend(ours.filter_map(|socket| Some(directory_of(socket)?.to_owned())));
+        let tun = Devices::of(config).contains(Devices::TUN).then(|| PathBuf::from(TUN));
         for list in [&mut read, &mut sockets] {
             list.sort_unstable();
             list.dedup();
         }
-        Some(Self { read, sockets })
+        Some(Self { read, sockets, devices: tun.into_iter().collect() })
     }
 
     /// Holds the calling thread, and those that it starts later, to these directories.
@@ -85,6 +89,7 @@ impl FileAccess {
     fn restrict(&self) -> Result<RestrictionStatus, landlock::RulesetError> {
         let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
         let sockets: BitFlags<AccessFs> = AccessFs::MakeSock | AccessFs::RemoveFile;
+        let devices = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
         // Directories that are not there are left out.
         Ruleset::default()
             .handle_access(AccessFs::from_all(KNOWN))?
@@ -92,6 +97,7 @@ impl FileAccess {
             .create()?
             .add_rules(path_beneath_rules(&self.read, read))?
             .add_rules(path_beneath_rules(&self.sockets, sockets))?
+            .add_rules(path_beneath_rules(&self.devices, devices))?
             .restrict_self()
     }
 }

@@ -29,10 +29,21 @@ const KILLED: End = End::Signal(libc::SIGSYS);
 
 /// Runs `act` on a thread of kind `kind`, in a process of its own that runs only the test `name`.
 fn confined(name: &str, role: &str, kind: ThreadKind, act: impl FnOnce() -> String + Send + 'static) -> End {
+    confined_to(name, role, kind, Devices::empty(), act)
+}
+
+/// The same for a switch that has devices.
+fn confined_to(
+    name: &str,
+    role: &str,
+    kind: ThreadKind,
+    devices: Devices,
+    act: impl FnOnce() -> String + Send + 'static,
+) -> End {
     if std::env::var(ROLE).as_deref() == Ok(role) {
         nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0).unwrap();
         let thread = std::thread::spawn(move || {
-            apply(kind).unwrap();
+            apply(kind, devices).unwrap();
             act()
         });
         println!("<{}>", thread.join().unwrap());
@@ -65,6 +76,21 @@ fn outcome<T>(result: io::Result<T>) -> String {
     match result {
         Ok(_) => "allowed".into(),
         Err(e) => nix::Error::from_raw(e.raw_os_error().unwrap_or(0)).to_string(),
+    }
+}
+
+#[test]
+fn only_a_switch_that_started_with_a_tap_may_attach_to_taps() {
+    let name = "only_a_switch_that_started_with_a_tap_may_attach_to_taps";
+    for (role, devices, expected) in [
+        ("without", Devices::empty(), "EPERM: Operation not permitted"),
+        // The filter lets it pass; that standard input is no tap is the kernel's word.
+        ("with", Devices::TUN, "ENOTTY: Not a typewriter"),
+    ] {
+        let end = confined_to(name, role, Housekeeping, devices, || {
+            outcome(call(libc::SYS_ioctl, 0, libc::TUNSETOFFLOAD.cast_signed(), 0))
+        });
+        check(end, said(expected), role);
     }
 }
 
@@ -118,7 +144,7 @@ fn worker_life(memory: &File) -> String {
     epoll.add(&event, EpollEvent::new(EpollFlags::EPOLLIN, 1)).unwrap();
     let (sender, receiver) = crossbeam::channel::bounded::<u32>(1);
 
-    apply(Worker).unwrap();
+    apply(Worker, Devices::empty()).unwrap();
     event.write(1).unwrap();
     let events = epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(10u8)).unwrap();
     event.read().unwrap();
@@ -272,6 +298,7 @@ fn the_files_of_a_configuration_are_where_it_lies_where_its_sockets_are_and_the_
     let wanted = FileAccess {
         read: vec!["/sys/devices/system".into(), at("etc"), at("real")],
         sockets: vec![at("run"), at("vms")],
+        devices: vec![],
     };
     assert_eq!(files(&text("")), Some(wanted));
     assert_eq!(files(&text("confine_files = false")), None);
@@ -287,7 +314,11 @@ fn a_thread_held_to_its_files_reads_its_directories_makes_its_sockets_and_nothin
     std::fs::write(at("etc/switch.toml"), "old").unwrap();
     std::fs::write(at("else/secret"), "secret").unwrap();
     let vmm = UnixListener::bind(at("else/vmm.sock")).unwrap();
-    let files = FileAccess { read: vec!["/sys/devices/system".into(), at("etc")], sockets: vec![at("run")] };
+    let files = FileAccess {
+        read: vec!["/sys/devices/system".into(), at("etc")],
+        sockets: vec![at("run")],
+        devices: vec![],
+    };
     let step = std::sync::Barrier::new(2);
     let held = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {

@@ -12,10 +12,11 @@ use virtio::features;
 use virtio::memory::{DirtyLog, GuestMemory};
 use virtio::with_ring;
 
-use super::{PortInfo, PortState, RunningRing, VhostPort, header_len};
+use super::{RunningRing, VhostPort, header_len};
 use crate::events::Event;
 use crate::offload::Accepts;
 use crate::sleeper::Kick;
+use crate::slot::{PortInfo, PortState};
 
 /// The device side of one port's session.
 pub struct VhostDevice {
@@ -52,7 +53,7 @@ impl VhostDevice {
     }
 
     fn info(&self, change: impl FnOnce(&mut PortInfo)) {
-        change(&mut self.port.shared.info.lock().unwrap_or_else(PoisonError::into_inner));
+        self.port.shared.change_info(change);
     }
 
     /// Counts the receive rings that can be sent to, and derives what a user sees of the port.

@@ -2,7 +2,7 @@
 //!
 //! Owns the rings between their start and stop, and the port's visible state. [`rx`] lends bursts out of the guest's transmit
 //! rings, [`tx`] copies frames into its receive rings, [`device`] follows the vhost-user session. The session and the workers
-//! meet at the [`Claimed`] ring of each queue and nowhere else.
+//! meet at the [claimed](crate::claim) ring of each queue and nowhere else.
 
 mod device;
 mod rx;
@@ -13,7 +13,7 @@ mod tx;
 mod view;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio::device::{DeviceRing, Ring, RingError};
@@ -27,12 +27,10 @@ pub use tx::TxRing;
 pub(crate) use view::RingView;
 use view::RingViews;
 
-use crate::bridge::IngressState;
-use crate::claim::Claimed;
-use crate::counters::{RxCounters, TxCounters};
 use crate::events::{Event, Events};
 use crate::offload::Accepts;
 use crate::sleeper::Kick;
+use crate::slot::{self, PortShared};
 
 /// A ring between start and stop.
 pub struct RunningRing {
@@ -87,96 +85,12 @@ impl RunningRing {
 }
 
 /// One transmit ring of the guest: what a worker polls.
-pub struct RxSlot {
-    pub(crate) port: Arc<PortShared>,
-    /// Virtqueue index.
-    pub(crate) index: u16,
-    pub(crate) state: Claimed<RxState>,
-    /// Whether the ring runs and is enabled, for placing it.
-    pub(crate) live: AtomicBool,
-    /// NUMA node of the guest's memory, plus one; 0: not known.
-    pub(crate) node: AtomicU32,
-    /// What came in.
-    pub counters: RxCounters,
-}
-
-/// What a worker needs to poll a queue, under one claim.
-pub(crate) struct RxState {
-    pub(crate) ring: Option<RunningRing>,
-    pub(crate) ingress: IngressState,
-    /// The output of most frames of the last burst: prepared before the next is read.
-    pub(crate) likely: u16,
-}
+pub type RxSlot = slot::RxSlot<RunningRing>;
 
 /// One receive ring of the guest: what workers send to.
-pub struct TxSlot {
-    pub(crate) port: Arc<PortShared>,
-    pub(crate) index: u16,
-    pub(crate) ring: Claimed<Option<RunningRing>>,
-    /// What went out.
-    pub counters: TxCounters,
-}
+pub type TxSlot = slot::TxSlot<RunningRing>;
 
-/// What a user sees of a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PortState {
-    /// Nobody is connected.
-    Waiting,
-    /// A front end is connected; no ring pair runs yet.
-    Connected,
-    /// At least one receive and one transmit ring run.
-    Up,
-    /// A ring broke, with the reason.
-    Stopped(String),
-}
-
-/// What the session learnt about its front end.
-#[derive(Clone, Debug, Default)]
-pub struct PortInfo {
-    /// Negotiated virtio features.
-    pub features: u64,
-    /// Bytes of guest memory, and in how many regions.
-    pub memory: (u64, usize),
-    /// The guest's MTU, if the front end told it.
-    pub mtu: Option<u16>,
-    /// What was last refused, since the port came up (or its front end connected).
-    pub refused: Option<String>,
-    /// How the last session ended.
-    pub last_end: Option<String>,
-    /// Device status byte, if the front end forwards it.
-    pub status: Option<u8>,
-}
-
-/// What session, workers and control share of a port.
-pub struct PortShared {
-    /// Number in the bridge.
-    pub number: u16,
-    /// Name in the configuration.
-    pub name: String,
-    pub(crate) events: Events,
-    /// A ring of the port broke: none of them is polled until the front end starts them anew.
-    pub(crate) broken: AtomicBool,
-    /// Receive rings that run and are enabled, counted from the first.
-    pub(crate) active: AtomicU16,
-    pub(crate) state: Mutex<PortState>,
-    pub(crate) info: Mutex<PortInfo>,
-}
-
-impl PortShared {
-    /// What a user sees.
-    pub fn state(&self) -> PortState {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// What the session learnt.
-    pub fn info(&self) -> PortInfo {
-        self.info.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn set_state(&self, state: PortState) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
-    }
-}
+type RxState = slot::RxState<RunningRing>;
 
 /// A vhost-user port.
 pub struct VhostPort {
@@ -193,37 +107,9 @@ pub struct VhostPort {
 impl VhostPort {
     /// A port without a session.
     pub fn new(number: u16, name: &str, queue_pairs: u16, events: Events) -> Arc<Self> {
-        let shared = Arc::new(PortShared {
-            number,
-            name: name.to_owned(),
-            events,
-            broken: AtomicBool::new(false),
-            active: AtomicU16::new(0),
-            state: Mutex::new(PortState::Waiting),
-            info: Mutex::new(PortInfo::default()),
-        });
-        let rx = (0..queue_pairs)
-            .map(|pair| {
-                let counters = RxCounters::default();
-                let ingress = IngressState { addresses: counters.addresses.clone() };
-                let state = RxState { ring: None, ingress, likely: u16::MAX };
-                let (port, index) = (shared.clone(), 2 * pair + 1);
-                Arc::new(RxSlot {
-                    port,
-                    index,
-                    state: Claimed::new(state),
-                    live: AtomicBool::new(false),
-                    node: AtomicU32::new(0),
-                    counters,
-                })
-            })
-            .collect();
-        let tx = (0..queue_pairs)
-            .map(|pair| {
-                let (port, index) = (shared.clone(), 2 * pair);
-                Arc::new(TxSlot { port, index, ring: Claimed::new(None), counters: TxCounters::default() })
-            })
-            .collect();
+        let shared = PortShared::new(number, name, events);
+        let rx = (0..queue_pairs).map(|pair| RxSlot::new(&shared, 2 * pair + 1)).collect();
+        let tx = (0..queue_pairs).map(|pair| TxSlot::new(&shared, 2 * pair)).collect();
         Arc::new(Self { shared, rx, tx, memory: Mutex::new(None), views: RingViews::default() })
     }
 
@@ -258,7 +144,7 @@ impl VhostPort {
     /// Receive rings of the guest that can be sent to.
     #[inline(always)]
     pub(crate) fn active_queues(&self) -> usize {
-        usize::from(self.shared.active.load(Ordering::Relaxed))
+        self.shared.active_queues()
     }
 
     /// The receive ring of a guest that has just one.

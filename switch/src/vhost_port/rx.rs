@@ -4,7 +4,6 @@
 //! lends the rest. Never copies a payload, never looks past a frame's end.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use port::{
     Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, MIN_FRAME, Offload,
@@ -15,10 +14,10 @@ use virtio::memory::copy::{copy, full_fence, read_head, read_net_header};
 use virtio::with_ring;
 
 use super::{PortShared, RunningRing, RxSlot, RxState};
-use crate::bridge::IngressState;
 use crate::claim::{Entered, Owner};
 use crate::counters::RxCounters;
 use crate::sleeper::Sleeper;
+use crate::slot::{Polled, Running};
 
 /// A guest's transmit ring, claimed for one burst.
 pub struct RxRing<'c> {
@@ -31,47 +30,10 @@ pub struct RxRing<'c> {
     taken: usize,
 }
 
-/// What a worker gets of a claimed queue: the ring, the bridge's state for its port, and the output it usually sends to.
-pub(crate) struct Polled<'c> {
-    /// To poll.
-    pub(crate) ring: RxRing<'c>,
-    /// To classify.
-    pub(crate) ingress: &'c mut IngressState,
-    /// To prepare.
-    pub(crate) likely: &'c mut u16,
-}
-
 impl RxSlot {
-    /// The queue, for the worker that polls it; `None` while somebody else has it or waits for it.
-    #[inline(always)]
-    pub(crate) fn enter<'c>(&'c self, owner: &'c mut Owner) -> Option<Entered<'c, RxState>> {
-        self.state.enter(owner)
-    }
-
     /// Its worker goes elsewhere.
     pub(crate) fn leave(&self, owner: &mut Owner) {
         self.state.leave(owner);
-    }
-
-    /// What a burst of at most `limit` frames needs, if the ring runs.
-    #[inline(always)]
-    pub(crate) fn polled<'c>(
-        &'c self,
-        entered: &'c mut Entered<'_, RxState>,
-        limit: usize,
-    ) -> Option<Polled<'c>> {
-        let RxState { ring, ingress, likely } = &mut **entered;
-        let running = ring.as_mut().filter(|r| r.live())?;
-        let limit = limit.min(MAX_BURST);
-        let ring = RxRing {
-            running,
-            port: &self.port,
-            index: self.index,
-            counters: &self.counters,
-            limit,
-            taken: 0,
-        };
-        Some(Polled { ring, ingress, likely })
     }
 
     /// Before a worker sleeps: asks the driver for notifications and lets `sleeper` hear them. True if the worker must not
@@ -93,21 +55,29 @@ impl RxSlot {
             running.ring.set_notify(false);
         }
     }
+}
 
-    /// NUMA node of the guest's memory, if it is known.
-    pub(crate) fn memory_node(&self) -> Option<u32> {
-        self.node.load(Ordering::Relaxed).checked_sub(1)
-    }
+impl Running for RunningRing {
+    type Queue<'c> = RxRing<'c>;
 
-    /// Its virtqueue index.
-    pub(crate) fn index(&self) -> u16 {
-        self.index
-    }
-
-    /// Number of the port it belongs to.
     #[inline(always)]
-    pub(crate) fn port_number(&self) -> u16 {
-        self.port.number
+    fn polled<'c>(
+        slot: &'c RxSlot,
+        entered: &'c mut Entered<'_, RxState>,
+        limit: usize,
+    ) -> Option<Polled<'c, RxRing<'c>>> {
+        let RxState { ring, ingress, likely } = &mut **entered;
+        let running = ring.as_mut().filter(|r| r.live())?;
+        let limit = limit.min(MAX_BURST);
+        let ring = RxRing {
+            running,
+            port: &slot.port,
+            index: slot.index,
+            counters: &slot.counters,
+            limit,
+            taken: 0,
+        };
+        Some(Polled { ring, ingress, likely })
     }
 }
 

@@ -1,103 +1,32 @@
 //! The general copy into a receive ring: tags pushed and popped, frames of several segments, buffers of several descriptors,
 //! mergeable buffers, dirty logging, and frames that must be finished in software because the receiver takes none unfinished.
 //!
-//! A frame is a list of pieces (its edited head, then what the sender's memory holds behind the head), copied as one stream
-//! into a list of buffers. Sums are taken before anything is written: a frame fits, or leaves the ring as it was.
+//! The pieces of a frame ([`Outgoing`]) are copied as one stream into a list of buffers. Sums are taken before anything is
+//! written: a frame fits, or leaves the ring as it was.
 
-use port::{Burst, DropReason, Frame, HEAD, Head, Offload, Scratch, Segment, TagEdit};
-use virtio::device::{Buffer, MAX_CHAIN, Ring};
+use port::{Burst, DropReason, Frame, Head, Offload, Scratch, Segment, TagEdit};
+use virtio::device::{Buffer, MAX_CHAIN, Ring, RingError};
 use virtio::memory::copy::copy;
 
 use super::tx::{Receiver, Refusal};
-use crate::offload::{self, Segments, Work};
+use crate::outgoing::{Destination, Outgoing};
 
-/// Bytes of a VLAN tag.
-const TAG: usize = 4;
-
-/// Where a VLAN tag sits: behind the two addresses.
-const TAG_AT: usize = 12;
-
-/// A frame as it will leave: its head, edited, then the bytes behind it.
-struct Outgoing<'b> {
-    head: [u8; HEAD + TAG],
-    head_len: usize,
-    /// Bytes of the frame that the head stands for.
-    skip: usize,
-    len: usize,
-    first: Segment,
-    more: &'b [Segment],
-    offload: Offload,
+/// A guest's receive ring, as where frames of any shape go.
+struct Chains<'r, 'c, R> {
+    receiver: &'r Receiver<'c>,
+    ring: &'r mut R,
 }
 
-impl<'b> Outgoing<'b> {
-    /// `None` if the frame's checksum would begin outside the frame without its tag.
-    fn new(burst: &'b Burst<'_>, frame: &Frame, head: &Head, edit: TagEdit) -> Option<Self> {
-        let len = frame.len as usize;
-        let skip = len.min(HEAD);
-        let mut out = Self {
-            head: [0; HEAD + TAG],
-            head_len: skip,
-            skip,
-            len,
-            first: Segment { ptr: frame.ptr, len: frame.first_len },
-            more: burst.more(frame),
-            offload: frame.offload,
-        };
-        let (addresses, rest) = head.0.split_at(TAG_AT);
-        let (to_addresses, to_rest) = out.head.split_at_mut(TAG_AT);
-        to_addresses.copy_from_slice(addresses);
-        match edit {
-            TagEdit::Push(tci) => {
-                let (tag, to_rest) = to_rest.split_at_mut(TAG);
-                let [hi, lo] = tci.to_be_bytes();
-                tag.copy_from_slice(&[0x81, 0x00, hi, lo]);
-                to_rest.copy_from_slice(rest);
-                (out.head_len, out.len) = (out.head_len + TAG, out.len + TAG);
-                out.offload = out.offload.moved(TAG as i16)?;
-            }
-            // The pipeline only pops a tag that it saw; a frame too short to have one is left alone.
-            TagEdit::Pop if skip >= TAG_AT + TAG => {
-                let (_, behind) = rest.split_at(TAG);
-                let (to_behind, _) = to_rest.split_at_mut(behind.len());
-                to_behind.copy_from_slice(behind);
-                (out.head_len, out.len) = (out.head_len - TAG, out.len - TAG);
-                out.offload = out.offload.moved(-(TAG as i16))?;
-            }
-            TagEdit::SetVid(vid) => {
-                to_rest[..rest.len()].copy_from_slice(rest);
-                if let [_, _, hi, lo, ..] = to_rest {
-                    let tci = u16::from_be_bytes([*hi, *lo]) & 0xf000 | vid & 0x0fff;
-                    [*hi, *lo] = tci.to_be_bytes();
-                }
-            }
-            TagEdit::Keep | TagEdit::Pop => to_rest[..rest.len()].copy_from_slice(rest),
-        }
-        Some(out)
-    }
+impl<R: Ring> Destination for Chains<'_, '_, R> {
+    type Broken = RingError;
 
-    /// The frame's bytes as pieces of memory, in order.
-    fn pieces(&self) -> impl Iterator<Item = Segment> + '_ {
-        let head = Segment { ptr: self.head.as_ptr(), len: self.head_len as u32 };
-        let mut skip = self.skip as u32;
-        let sent = std::iter::once(&self.first).chain(self.more).filter_map(move |s| {
-            let n = skip.min(s.len);
-            skip -= n;
-            (s.len > n).then(|| Segment { ptr: s.ptr.wrapping_add(n as usize), len: s.len - n })
-        });
-        std::iter::once(head).chain(sent)
-    }
-
-    /// Gathers the whole frame into private memory.
-    fn gather<'s>(&self, room: &'s mut [u8]) -> Option<&'s mut [u8]> {
-        let room = room.get_mut(..self.len)?;
-        let mut at = 0;
-        for piece in self.pieces() {
-            let n = (piece.len as usize).min(room.len() - at);
-            // SAFETY: `n` bytes at `piece.ptr` are in the sender's memory (or in `self.head`), and fit behind `at`.
-            unsafe { copy(room.as_mut_ptr().add(at), piece.ptr, n) };
-            at += n;
-        }
-        Some(room)
+    fn write(
+        &mut self,
+        offload: Offload,
+        len: usize,
+        pieces: impl Iterator<Item = Segment>,
+    ) -> Result<(), Refusal> {
+        self.receiver.write(self.ring, offload, len, pieces)
     }
 }
 
@@ -116,55 +45,7 @@ impl Receiver<'_> {
     ) -> Result<u32, Refusal> {
         let bad_offload = Refusal::Drop(DropReason::BadOffload);
         let out = Outgoing::new(burst, frame, head, edit).ok_or(bad_offload)?;
-        match self.accepts.work(&out.offload) {
-            Work::Nothing => {
-                self.write(ring, out.offload, out.len, out.pieces())?;
-                Ok(out.len as u32)
-            }
-            Work::Checksum => self.finish(ring, &out, scratch),
-            Work::Cut => self.cut(ring, &out, scratch),
-        }
-    }
-
-    /// Fills in the checksum that the sender left out, in private memory, and sends the result.
-    fn finish<R: Ring>(
-        &self,
-        ring: &mut R,
-        out: &Outgoing<'_>,
-        scratch: &mut Scratch,
-    ) -> Result<u32, Refusal> {
-        if !scratch.spend(0, out.len as u32) {
-            return Err(Refusal::Drop(DropReason::SegmentBudget));
-        }
-        let whole = out.gather(&mut scratch.frame).ok_or(Refusal::Drop(DropReason::Oversize))?;
-        offload::finish_checksum(whole, &out.offload).map_err(|e| Refusal::Drop(e.reason()))?;
-        self.write(ring, Offload::NONE, out.len, std::iter::once(piece(whole)))?;
-        Ok(out.len as u32)
-    }
-
-    /// Cuts a frame that the sender left unsegmented, in private memory, and sends the segments. A receiver that runs full in
-    /// the middle loses the rest, as it would on a wire; the frame counts as sent if its first segment was.
-    fn cut<R: Ring>(&self, ring: &mut R, out: &Outgoing<'_>, scratch: &mut Scratch) -> Result<u32, Refusal> {
-        let refused = |e: offload::OffloadRefused| Refusal::Drop(e.reason());
-        let most = (out.len as u32).div_ceil(u32::from(out.offload.gso_size()).max(1));
-        if !scratch.spend(most, out.len as u32) {
-            return Err(Refusal::Drop(DropReason::SegmentBudget));
-        }
-        let Scratch { frame, segment, .. } = scratch;
-        let whole = out.gather(frame).ok_or(Refusal::Drop(DropReason::Oversize))?;
-        let mut segments = Segments::new(whole, &out.offload, most as usize).map_err(refused)?;
-        let mut sent = 0;
-        while let Some(n) = segments.write_next(segment).map_err(refused)? {
-            let Some(bytes) = segment.get(..n) else { break };
-            match self.write(ring, Offload::NONE, n, std::iter::once(piece(bytes))) {
-                Ok(()) => {}
-                Err(Refusal::Drop(_)) if sent > 0 => break,
-                Err(e) => return Err(e),
-            }
-            self.counters.segments.add(1);
-            sent += n as u32;
-        }
-        Ok(sent)
+        out.send(self.accepts, &mut Chains { receiver: self, ring }, scratch, self.counters)
     }
 
     /// Writes a virtio-net header and `len` bytes into as many chains as it takes.
@@ -255,9 +136,4 @@ impl Receiver<'_> {
             }
         }
     }
-}
-
-/// Private bytes as a piece.
-fn piece(bytes: &[u8]) -> Segment {
-    Segment { ptr: bytes.as_ptr(), len: bytes.len() as u32 }
 }

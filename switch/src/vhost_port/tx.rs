@@ -125,12 +125,7 @@ struct Sent {
 }
 
 /// Why a frame was not sent.
-pub(super) enum Refusal {
-    /// Counted under this reason; the burst goes on.
-    Drop(DropReason),
-    /// The ring broke; the burst ends.
-    Broken(RingError),
-}
+pub(super) type Refusal = crate::outgoing::Refusal<RingError>;
 
 impl Receiver<'_> {
     #[inline(always)]

@@ -15,7 +15,7 @@ use super::world::World;
 use crate::bridge::{BridgePlan, Fdb, PortPlan};
 use crate::config::Idle;
 use crate::events::Events;
-use crate::plan::{Plan, Plans};
+use crate::plan::{Devices, Plan, Plans};
 use crate::worker::{Worker, WorkerShared};
 
 #[test]
@@ -48,6 +48,7 @@ fn plan(guests: &[Guest], polled: [&[usize]; 2], fdb: &Arc<Fdb>) -> Plan {
         bridge: BridgePlan::new(plans, fdb.clone(), false).unwrap(),
         ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
         queues: polled.map(|of| of.iter().map(|&i| guests[i].port.rx[0].clone()).collect()).to_vec(),
+        devices: Devices::default(),
         burst: 64,
         idle: Idle::Poll,
     }

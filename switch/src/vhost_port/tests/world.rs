@@ -10,7 +10,7 @@ use super::guest::{Guest, Kind, Received};
 use crate::bridge::{BridgePlan, Fdb, PortPlan};
 use crate::config::Idle;
 use crate::events::{Event, Events};
-use crate::plan::{Plan, Plans};
+use crate::plan::{Devices, Plan, Plans};
 use crate::worker::{Worker, WorkerShared};
 
 pub(super) struct World {
@@ -43,6 +43,7 @@ impl World {
             bridge: BridgePlan::new(plans.into_iter().map(Some).collect(), fdb, false).unwrap(),
             ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
             queues: vec![guests.iter().flat_map(|g| g.port.rx.iter().cloned()).collect()],
+            devices: Devices::default(),
             burst: 64,
             idle: Idle::Poll,
         };

@@ -1,0 +1,259 @@
+//! What is behind a port: the keys of each kind, and which keys go with which kind.
+
+use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use settings::Spanned;
+use settings::values::SocketName;
+
+use super::keys::PortKeys;
+use super::validate::{PortReader, value_or};
+use super::values::{DeviceName, FeatureName};
+use super::{Feature, PortKind, SOCKET_PATH_MAX, SocketSide};
+use crate::control::CONTROL_SOCKET;
+
+const SOCKET_MODE: u32 = 0o660;
+const RECONNECT: Duration = Duration::from_secs(1);
+
+/// What is behind a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// A virtual machine's virtio-net device.
+    VhostUser {
+        /// The socket's path, already resolved in the run directory, at most [`SOCKET_PATH_MAX`] bytes.
+        socket: PathBuf,
+        /// Which end of the socket we are.
+        side: Side,
+    },
+    /// A tap interface.
+    Tap {
+        /// Its name.
+        device: String,
+    },
+    /// Nothing.
+    Null,
+}
+
+/// How a port's socket comes to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// We listen.
+    Server {
+        /// Permissions of the socket.
+        mode: u32,
+        /// Its group (a gid), if it is not the process's own.
+        group: Option<u32>,
+    },
+    /// We connect, for ever.
+    Client {
+        /// Time between attempts.
+        reconnect: Duration,
+    },
+}
+
+impl Behind {
+    /// Its kind, as in the configuration.
+    pub fn kind(&self) -> PortKind {
+        match self {
+            Behind::VhostUser { .. } => PortKind::VhostUser,
+            Behind::Tap { .. } => PortKind::Tap,
+            Behind::Null => PortKind::Null,
+        }
+    }
+
+    /// The socket, if it has one.
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Behind::VhostUser { socket, .. } => Some(socket),
+            Behind::Tap { .. } | Behind::Null => None,
+        }
+    }
+
+    /// The socket that we listen on, if it has one.
+    pub fn listens_on(&self) -> Option<&Path> {
+        match self {
+            Behind::VhostUser { socket, side: Side::Server { .. } } => Some(socket),
+            _ => None,
+        }
+    }
+
+    /// The network interface, if it has one.
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Behind::Tap { device } => Some(device),
+            Behind::VhostUser { .. } | Behind::Null => None,
+        }
+    }
+
+    /// Whether both want the same socket or the same device, which only one can have.
+    pub fn collides(&self, other: &Behind) -> bool {
+        let same = |a: Option<&str>, b| a.is_some() && a == b;
+        self.socket().is_some() && self.socket() == other.socket() || same(self.device(), other.device())
+    }
+}
+
+/// A key, where it is if it is there, and the kinds that it goes with.
+type Rule<'k> = (&'k str, Option<Range<usize>>, &'k [PortKind]);
+
+impl PortReader<'_, '_> {
+    /// What is behind the port whose header is at `at`; keys of other kinds are a mistake. Without a kind, which was noted,
+    /// the other keys are read as those of a guest.
+    pub(super) fn behind(
+        &mut self,
+        place: &str,
+        name: &str,
+        at: &Range<usize>,
+        keys: &mut PortKeys,
+    ) -> Option<Behind> {
+        let written = keys.kind.take().map(Spanned::into_inner);
+        let kind = written.unwrap_or(PortKind::VhostUser);
+        if written.is_some() {
+            self.refuse_keys_of_others(place, kind, keys);
+        }
+        let behind = match kind {
+            PortKind::VhostUser => {
+                if keys.socket.is_none() {
+                    let example = "where a VMM finds it, as in `socket = \"vnf1.sock\"`";
+                    keys.wrong.or_missing("socket", at.clone(), example, self.problems);
+                }
+                let side = self.side(place, keys);
+                let socket_side = match side {
+                    Side::Server { .. } => SocketSide::Server,
+                    Side::Client { .. } => SocketSide::Client,
+                };
+                let socket = keys.socket.take()?;
+                Behind::VhostUser { socket: self.socket(place, name, socket, socket_side), side }
+            }
+            PortKind::Tap => {
+                if keys.device.is_none() {
+                    let example = "the interface, as in `device = \"tap0\"`";
+                    keys.wrong.or_missing("device", at.clone(), example, self.problems);
+                }
+                self.offloads_only(place, keys.disable.as_ref().map(Spanned::get_ref));
+                let device = keys.device.take()?;
+                Behind::Tap { device: self.device(place, name, device, kind) }
+            }
+            PortKind::Null => Behind::Null,
+        };
+        written.map(|_| behind)
+    }
+
+    fn refuse_keys_of_others(&mut self, place: &str, kind: PortKind, keys: &PortKeys) {
+        use PortKind::{Tap, VhostUser};
+        fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
+            key.as_ref().map(Spanned::span)
+        }
+        let rules: [Rule<'_>; 9] = [
+            ("socket", span(&keys.socket), &[VhostUser]),
+            ("mode", span(&keys.mode), &[VhostUser]),
+            ("socket_mode", span(&keys.socket_mode), &[VhostUser]),
+            ("socket_group", span(&keys.socket_group), &[VhostUser]),
+            ("reconnect_ms", span(&keys.reconnect_ms), &[VhostUser]),
+            ("max_memory", span(&keys.max_memory), &[VhostUser]),
+            ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap]),
+            ("disable", span(&keys.disable), &[VhostUser, Tap]),
+            ("device", span(&keys.device), &[Tap]),
+        ];
+        for (key, span, kinds) in rules {
+            let Some(span) = span.filter(|_| !kinds.contains(&kind)) else { continue };
+            let words: Vec<_> = kinds.iter().map(|kind| format!("`kind = \"{}\"`", kind.word())).collect();
+            let message =
+                format!("`{key}` works only with {}, not with {:?}", words.join(" or "), kind.word());
+            self.problems.add(span, format!("{place}{message}: take it out"));
+        }
+    }
+
+    /// Of the features, a tap has the offloads.
+    fn offloads_only(&mut self, place: &str, disabled: Option<&Vec<Spanned<FeatureName>>>) {
+        for feature in disabled.into_iter().flatten() {
+            let known = feature.get_ref().0;
+            if known.virtio_bits() & Feature::Offloads.virtio_bits() == 0 {
+                let message = format!(
+                    "`disable`: a tap has no `{}`; only offloads can be withheld from it",
+                    known.name()
+                );
+                self.problems.add(feature.span(), format!("{place}{message}"));
+            }
+        }
+    }
+
+    /// The interface's name, unique and possible.
+    fn device(&mut self, place: &str, name: &str, device: Spanned<DeviceName>, kind: PortKind) -> String {
+        let span = device.span();
+        let device = device.into_inner().0;
+        if let Some((other, line)) = self.seen.devices.get(&device) {
+            let message =
+                format!("{device} is the device of port `{other}` on line {line}: each port has its own");
+            self.problems.add(span.clone(), format!("{place}`device`: {message}"));
+        } else if let Err(why) = self.surroundings.device(&device, kind) {
+            self.problems.add(span.clone(), format!("{place}`device`: {why}"));
+        }
+        let line = self.problems.line(&span);
+        self.seen.devices.entry(device.clone()).or_insert((name.to_owned(), line));
+        device
+    }
+
+    /// Which end of the socket we are; the keys of the other end are a mistake.
+    fn side(&mut self, place: &str, keys: &mut PortKeys) -> Side {
+        let mode = keys.socket_mode.take();
+        let group = keys.socket_group.take();
+        let reconnect = keys.reconnect_ms.take();
+        let mut refuse = |span: Option<Range<usize>>, key: &str, side: SocketSide| {
+            if let Some(span) = span {
+                let needs = format!("`{key}` works only with `mode = \"{}\"`", side.word());
+                self.problems.add(span, format!("{place}{needs}: take one of them out"));
+            }
+        };
+        match value_or(keys.mode.take(), SocketSide::Server) {
+            SocketSide::Server => {
+                refuse(reconnect.map(|key| key.span()), "reconnect_ms", SocketSide::Client);
+                let mode = mode.map_or(SOCKET_MODE, |mode| mode.into_inner().0);
+                let group = group.and_then(|group| match self.surroundings.group(&group.get_ref().0) {
+                    Ok(gid) => Some(gid),
+                    Err(why) => {
+                        self.problems.add(group.span(), format!("{place}`socket_group`: {why}"));
+                        None
+                    }
+                });
+                Side::Server { mode, group }
+            }
+            SocketSide::Client => {
+                refuse(mode.map(|key| key.span()), "socket_mode", SocketSide::Server);
+                refuse(group.map(|key| key.span()), "socket_group", SocketSide::Server);
+                Side::Client {
+                    reconnect: reconnect.map_or(RECONNECT, |ms| Duration::from_millis(ms.into_inner().get())),
+                }
+            }
+        }
+    }
+
+    /// The socket's path, resolved, unique and possible.
+    fn socket(&mut self, place: &str, name: &str, socket: Spanned<SocketName>, side: SocketSide) -> PathBuf {
+        let span = socket.span();
+        let path = self.run_dir.join(&socket.get_ref().0);
+        let length = path.as_os_str().as_bytes().len();
+        let mut wrong =
+            |message: String| self.problems.add(span.clone(), format!("{place}`socket`: {message}"));
+        if length > SOCKET_PATH_MAX {
+            wrong(format!(
+                "{} is {length} bytes long, the kernel takes at most {SOCKET_PATH_MAX}: choose a shorter run directory \
+                 (--run-dir) or path",
+                path.display()
+            ));
+        } else if path == self.run_dir.join(CONTROL_SOCKET) {
+            wrong(format!("{CONTROL_SOCKET} is the switch's own control socket: choose another name"));
+        } else if let Some((other, line)) = self.seen.sockets.get(&path) {
+            wrong(format!(
+                "{} is the socket of port `{other}` on line {line}: each port has its own",
+                path.display()
+            ));
+        } else if let Err(why) = self.surroundings.socket(&path, side) {
+            wrong(why);
+        }
+        let line = self.problems.line(&span);
+        self.seen.sockets.entry(path.clone()).or_insert((name.to_owned(), line));
+        path
+    }
+}

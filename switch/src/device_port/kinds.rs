@@ -1,0 +1,55 @@
+//! The kinds of devices that a port can have: one variant each, looked at once per burst.
+
+use pmd::kernel::OpenError;
+use pmd::kernel::null::{NullSink, NullSource};
+use pmd::kernel::tap::{self, TapOptions, TapSink, TapSource};
+
+use crate::config::{Behind, PortConfig};
+use crate::runtime::OFFERED;
+
+/// A receive queue of any kind of device.
+pub(crate) enum Sources {
+    Tap(TapSource),
+    Null(NullSource),
+}
+
+/// A transmit queue of any kind of device.
+pub(crate) enum Sinks {
+    Tap(TapSink),
+    Null(NullSink),
+}
+
+/// Does the same with whatever kind it is.
+macro_rules! each {
+    ($kinds:ident, $device:expr, $queue:ident => $act:expr) => {
+        match $device {
+            $kinds::Tap($queue) => $act,
+            $kinds::Null($queue) => $act,
+        }
+    };
+}
+pub(super) use each;
+
+/// A device's queues, and the virtio features that say what it leaves and takes undone.
+pub(crate) type Opened = (Vec<(Sources, Sinks)>, u64);
+
+/// Opens the device of a port. `create`: makes the interface if it is not there and can be made.
+///
+/// # Errors
+/// It is not there, or cannot be had.
+pub(crate) fn open(config: &PortConfig, create: bool) -> Result<Opened, OpenError> {
+    let features = OFFERED & !config.disable.virtio_bits();
+    match &config.behind {
+        Behind::Tap { device } => {
+            let options = TapOptions { name: device.clone(), queues: config.queue_pairs, features, create };
+            let queues = tap::open(&options)?;
+            let features = queues.first().map_or(0, |(_, sink)| sink.features());
+            let queues = queues.into_iter().map(|(rx, tx)| (Sources::Tap(rx), Sinks::Tap(tx)));
+            Ok((queues.collect(), features))
+        }
+        Behind::Null | Behind::VhostUser { .. } => {
+            let queue = |_| (Sources::Null(NullSource), Sinks::Null(NullSink));
+            Ok(((0..config.queue_pairs).map(queue).collect(), features))
+        }
+    }
+}

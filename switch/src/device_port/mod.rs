@@ -1,0 +1,105 @@
+//! A port with a network device of this machine behind it: a tap of the kernel, or nothing at all.
+//!
+//! Owns the device's queues between its opening and its end. [`rx`] lends bursts of what a driver's [`port::Source`] found,
+//! [`tx`] finishes frames for its [`port::Sink`], [`kinds`] is the list of drivers. A device that goes away stops its port, with
+//! the reason; housekeeping opens it again when it is there again. Never waits for a device.
+
+mod kinds;
+mod rx;
+mod tx;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pmd::kernel::OpenError;
+
+pub(crate) use kinds::{Sinks, Sources, open};
+pub(crate) use rx::Receiving;
+pub(crate) use tx::Sending;
+
+use crate::config::PortConfig;
+use crate::events::{Event, Events};
+use crate::slot::{PortShared, PortState, RxSlot, TxSlot};
+
+/// One queue that a worker polls.
+pub(crate) type DeviceRx = RxSlot<Receiving>;
+
+/// One queue that workers send to.
+pub(crate) type DeviceTx = TxSlot<Sending>;
+
+/// A port with a device.
+pub struct DevicePort {
+    /// What a user sees of it.
+    pub(crate) shared: Arc<PortShared>,
+    pub(crate) rx: Vec<Arc<DeviceRx>>,
+    pub(crate) tx: Vec<Arc<DeviceTx>>,
+}
+
+impl DevicePort {
+    /// A port whose device is not open yet.
+    pub(crate) fn new(number: u16, name: &str, queues: u16, events: Events) -> Arc<Self> {
+        let shared = PortShared::new(number, name, events);
+        let rx = (0..queues).map(|queue| DeviceRx::new(&shared, queue)).collect();
+        let tx = (0..queues).map(|queue| DeviceTx::new(&shared, queue)).collect();
+        Arc::new(Self { shared, rx, tx })
+    }
+
+    /// Opens the device and lets frames pass. `first`: an interface that is not there is made, if its kind can be.
+    ///
+    /// # Errors
+    /// It is not there, or cannot be had; the port is as it was.
+    pub(crate) fn open(&self, config: &PortConfig, first: bool) -> Result<(), OpenError> {
+        let (queues, features) = open(config, first)?;
+        let refused = |source| OpenError::Refused {
+            name: config.behind.device().unwrap_or_default().to_owned(),
+            what: "watching it",
+            source,
+            remedy: "",
+        };
+        for ((source, sink), (rx, tx)) in queues.into_iter().zip(self.rx.iter().zip(&self.tx)) {
+            let live = !matches!(source, Sources::Null(_));
+            let mut state = rx.state.take();
+            state.ring = Some(Receiving::new(source).map_err(refused)?);
+            state.likely = u16::MAX;
+            drop(state);
+            rx.live.store(live, Ordering::Release);
+            *tx.ring.take() = Some(Sending::new(sink, features));
+        }
+        let shared = &self.shared;
+        shared.broken.store(false, Ordering::Release);
+        shared.active.store(self.tx.len() as u16, Ordering::Release);
+        shared.change_info(|info| info.features = features);
+        shared.set_state(PortState::Up);
+        shared.events.send(Event::RingsChanged);
+        Ok(())
+    }
+
+    /// Shows why the device is not open.
+    pub(crate) fn wait(&self, error: &OpenError) {
+        self.shared.set_state(PortState::Stopped(error.to_string()));
+    }
+
+    /// Gives the device up. Workers have let go when it returns.
+    pub(crate) fn halt(&self) {
+        self.shared.active.store(0, Ordering::Release);
+        for slot in &self.rx {
+            slot.live.store(false, Ordering::Release);
+            slot.state.take().ring = None;
+        }
+        for slot in &self.tx {
+            *slot.ring.take() = None;
+        }
+    }
+
+    /// The queues that run, with their numbers: what workers poll.
+    pub(crate) fn polled(&self) -> impl Iterator<Item = (usize, &Arc<DeviceRx>)> {
+        self.rx.iter().enumerate().filter(|(_, slot)| slot.live.load(Ordering::Acquire))
+    }
+}
+
+/// A device failed: its port is not touched any more, and housekeeping is told.
+#[cold]
+fn fail(port: &PortShared, error: std::io::Error) {
+    port.broken.store(true, Ordering::Release);
+    port.events.send(Event::DeviceGone { port: port.number, error });
+}

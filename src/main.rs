@@ -1,19 +1,21 @@
 //! The `cableway` command: arguments in, library call, report out.
 //!
 //! Exit status: 0 when all is well, 1 when something went wrong on the way, 2 when the arguments or a configuration are
-//! wrong and nothing was started.
+//! wrong and nothing was started. `cableway vm` has three more for what became of its guest (`vm`).
 
 mod bench;
 mod demo;
 mod interrupt;
+mod log;
 mod output;
 mod switch;
+mod vm;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// An NFV data-plane appliance: a vhost-user switch that copies each frame once.
+/// An NFV data-plane appliance: a vhost-user switch that copies each frame once, and virtual machines.
 #[derive(Parser)]
 #[command(name = "cableway", version, arg_required_else_help = true)]
 struct Cableway {
@@ -28,6 +30,7 @@ enum Command {
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     Switch(switch::SwitchArgs),
+    Vm(Box<vm::VmArgs>),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Switch(args) => switch::run(args),
+        Command::Vm(args) => vm::run(*args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("cableway: {error:#}");

@@ -1,11 +1,18 @@
 //! What all subcommands share in talking to the user: standard output that may be a closed pipe, tables, units.
 
 use std::io::{self, Write};
+use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
 
 /// Exit status for arguments or a configuration that are wrong: nothing was started.
 pub(crate) const REFUSED: u8 = 2;
+
+/// Says why nothing is started.
+pub(crate) fn refuse(why: impl std::fmt::Display) -> ExitCode {
+    eprintln!("cableway: {why}");
+    ExitCode::from(REFUSED)
+}
 
 /// Writes to standard output. A reader that went away (`| head`) has seen what it wanted.
 ///

@@ -18,6 +18,10 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::topology::{self, HugePool};
 
+/// Bytes that are worth a thread of their own to make present, and the most threads that share the work.
+const POPULATE_EACH: usize = 256 << 20;
+const POPULATE_THREADS: usize = 16;
+
 /// Which pages memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
@@ -80,6 +84,20 @@ pub enum MemoryError {
         needed: u64,
         /// Bytes that the kernel says can be had without swapping.
         available: u64,
+    },
+    /// The process may not lock that much.
+    #[error(
+        "cannot lock {} MiB of memory ({source}); the limit is {} MiB: ulimit -l unlimited, or LimitMEMLOCK=infinity in the \
+         service's unit",
+        .needed >> 20, .limit >> 20
+    )]
+    Lock {
+        /// Bytes to lock.
+        needed: u64,
+        /// RLIMIT_MEMLOCK, bytes.
+        limit: u64,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// The kernel refused a step.
     #[error("{doing} ({size} bytes): {source}{hint}")]
@@ -179,10 +197,40 @@ impl SharedMemory {
             // A kernel without transparent huge pages says no, and nothing is lost.
             let _ = memory.advise(libc::MADV_HUGEPAGE);
         }
-        memory
-            .advise(libc::MADV_POPULATE_WRITE)
-            .map_err(kernel("cannot fill shared memory", POPULATE_HINT))?;
+        memory.populate().map_err(kernel("cannot fill shared memory", POPULATE_HINT))?;
         Ok(memory)
+    }
+
+    /// Makes every page present. Zeroing pages takes about 0.1 s a GiB on one core, so that large memory is shared out.
+    fn populate(&self) -> nix::Result<()> {
+        let permitted = topology::permitted_cores().map_or(1, |cores| cores.len());
+        let threads = permitted.min(self.len / POPULATE_EACH).clamp(1, POPULATE_THREADS);
+        let share = (self.len / threads).next_multiple_of(self.pages.size());
+        std::thread::scope(|scope| {
+            let shares: Vec<_> = (0..self.len)
+                .step_by(share)
+                .map(|from| {
+                    let len = share.min(self.len - from);
+                    scope.spawn(move || self.advise_part(from, len, libc::MADV_POPULATE_WRITE))
+                })
+                .collect();
+            shares.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(nix::Error::EINTR)))
+        })
+    }
+
+    /// Locks every page in memory: none is swapped out or moved to another place to be compacted.
+    ///
+    /// # Errors
+    /// The process may lock less than this; the message says how to allow it.
+    pub fn lock(&self) -> Result<(), MemoryError> {
+        // SAFETY: the range is this mapping; locking does not change what it holds.
+        let result = unsafe { libc::mlock(self.start.as_ptr().cast(), self.len) };
+        nix::Error::result(result).map(drop).map_err(|error| MemoryError::Lock {
+            needed: self.len as u64,
+            limit: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK)
+                .map_or(0, |(soft, _)| soft),
+            source: error.into(),
+        })
     }
 
     /// Confines the pages to `node` (mbind(2), MPOL_BIND).
@@ -208,8 +256,14 @@ impl SharedMemory {
     }
 
     fn advise(&self, advice: libc::c_int) -> nix::Result<()> {
-        // SAFETY: the range is this mapping, and none of the advice used here changes what it holds.
-        nix::Error::result(unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) }).map(drop)
+        self.advise_part(0, self.len, advice)
+    }
+
+    fn advise_part(&self, from: usize, len: usize, advice: libc::c_int) -> nix::Result<()> {
+        debug_assert!(from <= self.len && len <= self.len - from);
+        // SAFETY: the range lies in this mapping, and none of the advice used here changes what it holds.
+        let result = unsafe { libc::madvise(self.start.as_ptr().add(from).cast(), len, advice) };
+        nix::Error::result(result).map(drop)
     }
 
     /// The first byte.
@@ -258,9 +312,12 @@ const POPULATE_HINT: &str = "; the memory ran out meanwhile, or a cgroup limit (
                              Invalid argument means a kernel older than 5.14";
 
 /// Refuses what cannot be had, with figures, before the kernel ends a process over it.
-fn check_available(len: usize, pages: Pages, node: Option<u32>) -> Result<(), MemoryError> {
+///
+/// # Errors
+/// There is too little memory of that kind; [`Pages::Auto`] counts as ordinary pages here.
+pub fn check_available(len: usize, pages: Pages, node: Option<u32>) -> Result<(), MemoryError> {
     let (len, page_size) = (len as u64, pages.size() as u64);
-    if pages == Pages::Ordinary {
+    if matches!(pages, Pages::Ordinary | Pages::Auto) {
         let available = available_memory();
         return match available {
             Some(available) if available < len => Err(MemoryError::Ordinary { needed: len, available }),
@@ -329,6 +386,21 @@ mod tests {
         let peers = File::from(memory.file().try_clone_to_owned().unwrap());
         assert_eq!(peers.set_len(0).unwrap_err().raw_os_error(), Some(libc::EPERM));
         assert!(fcntl(&peers, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE)).is_err());
+    }
+
+    #[test]
+    fn memory_that_several_threads_fill_is_all_there_and_can_be_locked() {
+        let memory = SharedMemory::new(2 * POPULATE_EACH + 4096, Pages::Ordinary, None).unwrap();
+        assert!(present(&memory));
+        let locked = || -> u64 {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|l| l.strip_prefix("VmLck:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        };
+        match memory.lock() {
+            Ok(()) => assert!(locked() >= memory.len() as u64),
+            Err(error) => assert!(error.to_string().contains("ulimit -l"), "{error}"),
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@ use switch::config::{Behind, Config, PortConfig, Side, ThisMachine};
 use switch::control::{self, client, report::PortsReport};
 use switch::sandbox::files::{FileAccess, Held};
 
-use super::{Place, refuse};
-use crate::output;
+use super::Place;
+use crate::output::{self, refuse};
 
 /// Checks `file`.
 ///

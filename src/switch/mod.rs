@@ -65,9 +65,3 @@ pub(crate) fn run(args: SwitchArgs) -> Result<ExitCode> {
         (None, _) => Ok(ExitCode::from(crate::output::REFUSED)), // clap demands FILE where there is no subcommand
     }
 }
-
-/// Says why nothing is started.
-fn refuse(why: impl std::fmt::Display) -> ExitCode {
-    eprintln!("cableway: {why}");
-    ExitCode::from(crate::output::REFUSED)
-}

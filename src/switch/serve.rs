@@ -1,6 +1,5 @@
 //! `cableway switch FILE`: the switch itself, from its configuration to its last signal.
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,17 +12,18 @@ use switch::config::{Config, ThisMachine};
 use switch::control::{self, ControlSocket, SwitchState};
 use switch::runtime::Switch;
 use switch::sandbox::files::{FileAccess, Held};
-use tracing_subscriber::EnvFilter;
 
-use super::{Place, refuse};
+use super::Place;
+use crate::log;
+use crate::output::refuse;
 
 /// Runs a switch until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// What the system refused. Whatever the user can set right is said, and the status is 2.
-pub(super) fn run(file: &Path, place: &Place, log: Option<&str>) -> Result<ExitCode> {
+pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<ExitCode> {
     let began = Instant::now();
-    if let Err(error) = start_log(log) {
+    if let Err(error) = log::start(filter) {
         return Ok(refuse(error));
     }
     // Before any thread is pinned: a pinned thread sees only its own core.
@@ -76,23 +76,6 @@ pub(super) fn run(file: &Path, place: &Place, log: Option<&str>) -> Result<ExitC
     }
     drop(server);
     Ok(ExitCode::SUCCESS)
-}
-
-/// Logs to standard error.
-fn start_log(filter: Option<&str>) -> Result<()> {
-    let filter = match filter {
-        Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("--log {filter}"))?,
-        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
-    };
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .compact()
-        .with_env_filter(filter)
-        .with_ansi(ansi)
-        .with_target(false)
-        .with_writer(std::io::stderr)
-        .init();
-    Ok(())
 }
 
 /// Applies the changed file, and logs what came of it.

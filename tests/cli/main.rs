@@ -1,4 +1,4 @@
-//! `cableway switch` as a user meets it: what it refuses and how, what it leaves behind, what signals do, what it answers.
+//! `cableway switch` (and, in `vm`, `cableway vm`) as a user meets it: what it refuses and how, what it leaves behind, what signals do, what it answers.
 //!
 //! The worker of these switches sleeps when nothing comes in, and nothing does: the machine stays free for other tests.
 
@@ -6,6 +6,7 @@
 
 mod confinement;
 mod crash;
+mod vm;
 mod world;
 
 use std::fs;

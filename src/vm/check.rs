@@ -1,0 +1,109 @@
+//! `cableway vm FILE --check`: what is wrong with a machine's configuration, or what it would do.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use host::topology;
+use vmm::boot::Format;
+use vmm::config::{Config, OnReboot, PageSize};
+use vmm::preflight::Preflight;
+
+use crate::output::{self, refuse};
+
+/// Checks the configuration on this machine.
+///
+/// # Errors
+/// The report cannot be written.
+pub(super) fn run(config: &Config) -> Result<ExitCode> {
+    match Preflight::new(config) {
+        Ok(preflight) => {
+            output::print(&report(config, &preflight)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => Ok(refuse(error)),
+    }
+}
+
+/// What would be done, with the effective cores, nodes and pages.
+fn report(config: &Config, preflight: &Preflight) -> Result<String> {
+    let mut text = format!("{} is valid. It would\n", config.name);
+    let format = match preflight.kernel_format() {
+        Format::Elf => "an ELF, by its PVH entry",
+        Format::BzImage => "a bzImage, by its 64-bit entry",
+    };
+    writeln!(text, "  start {} ({format})", config.kernel.display())?;
+    if let Some(initramfs) = &config.initramfs {
+        writeln!(text, "  with the initramfs {}", initramfs.display())?;
+    }
+    writeln!(text, "  and the command line {:?}", config.cmdline)?;
+    let pages = match config.pages {
+        PageSize::Auto => "2 MiB huge pages if enough are free, else 4 KiB pages",
+        PageSize::Ordinary => "4 KiB pages",
+        PageSize::Huge2M => "2 MiB huge pages",
+        PageSize::Huge1G => "1 GiB huge pages",
+    };
+    let node = config.node.map_or_else(String::new, |node| format!(" on memory node {node}"));
+    let locked = if config.lock_memory { ", locked" } else { "" };
+    writeln!(text, "  take {} of memory in {pages}{node}{locked}", output::bytes(config.memory))?;
+    let topology = config.topology;
+    writeln!(
+        text,
+        "  run {} vCPU(s): {} socket(s) of {} core(s) of {} thread(s)",
+        topology.vcpus(),
+        topology.sockets,
+        topology.cores,
+        topology.threads
+    )?;
+    let priority = match config.vcpu_priority {
+        Some(priority) => format!(", SCHED_FIFO priority {priority}"),
+        None => String::new(),
+    };
+    match &config.vcpu_cores {
+        None => writeln!(text, "    wherever the kernel puts them")?,
+        Some(cores) => {
+            for (n, core) in cores.iter().enumerate() {
+                let node = topology::node_of_core(Path::new("/"), *core);
+                let place = node.map_or_else(String::new, |node| format!(" (memory node {node})"));
+                writeln!(text, "    vCPU {n} on core {core}{place}{priority}")?;
+                if let (Some(of_core), Some(of_memory)) = (node, config.node)
+                    && of_core != of_memory
+                {
+                    writeln!(text, "    note: the memory is on node {of_memory}; every access crosses over")?;
+                }
+                for sibling in topology::smt_siblings(Path::new("/"), *core).iter().flat_map(|set| set.iter())
+                {
+                    if sibling > *core && cores.contains(&sibling) && topology.threads == 1 {
+                        writeln!(
+                            text,
+                            "    note: cores {core} and {sibling} are one physical core; vCPUs there halve each other"
+                        )?;
+                    }
+                }
+            }
+        }
+    }
+    match &config.emulator_cores {
+        Some(cores) => writeln!(text, "  do everything else on cores {cores:?}")?,
+        None => writeln!(text, "  do everything else on any core that it may use")?,
+    }
+    let exits = |wanted: bool| {
+        let refused = preflight.refused_exits();
+        let exits = config.disable_exits.iter().filter(move |exit| refused.contains(exit) != wanted);
+        exits.map(|exit| exit.word()).collect::<Vec<_>>().join(", ")
+    };
+    if !exits(true).is_empty() {
+        writeln!(text, "  let the guest do {} without an exit", exits(true))?;
+    }
+    if !exits(false).is_empty() {
+        writeln!(text, "  note: KVM here refuses to let {} go without an exit", exits(false))?;
+    }
+    writeln!(text, "  connect the serial console to {}", config.serial)?;
+    let reboot = match config.on_reboot {
+        OnReboot::Restart => "start again",
+        OnReboot::End => "end",
+    };
+    writeln!(text, "  {reboot} when the guest reboots; give it {:?} to shut down", config.shutdown_timeout)?;
+    Ok(text)
+}

@@ -1,0 +1,150 @@
+//! `cableway vm`: run a virtual machine, or check its configuration.
+//!
+//! Exit status, besides those of every command: 3 when the guest's kernel panicked, 4 when a vCPU met a triple fault, 5 when
+//! KVM could not go on.
+
+mod check;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use vmm::config::{Config, ConfigErrors};
+
+/// Run a virtual machine.
+///
+/// With a FILE, runs the machine that its [vm] describes until the guest turns itself off; without one, the flags describe
+/// it: every key of [vm] is one. SIGTERM presses the power button, SIGINT or a second SIGTERM ends the machine at once.
+/// docs/vm.md explains every key.
+///
+/// Exit status: 0 the guest turned itself off, or was ended by a signal; 1 something went wrong; 2 refused, nothing was
+/// started; 3 the guest's kernel panicked; 4 triple fault; 5 KVM could not go on.
+#[derive(Args)]
+#[command(arg_required_else_help = true)]
+pub(crate) struct VmArgs {
+    /// The configuration (TOML).
+    #[arg(conflicts_with = "Keys", required_unless_present = "kernel")]
+    file: Option<PathBuf>,
+
+    /// Say what is wrong with the configuration and what it would do; start nothing.
+    #[arg(long)]
+    check: bool,
+
+    /// What to log to standard error: error, warn, info, debug, trace, or a filter like `vmm=debug` [default: $RUST_LOG,
+    /// else info].
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+
+    #[command(flatten)]
+    keys: Keys,
+}
+
+macro_rules! keys {
+    ($($(#[doc = $doc:literal])+ $key:ident: $value:literal,)+) => {
+        /// Every key of `[vm]`, as a flag.
+        #[derive(Args)]
+        struct Keys {
+            $($(#[doc = $doc])+ #[arg(long, value_name = $value, help_heading = "Instead of a FILE")] $key: Option<String>,)+
+        }
+
+        impl Keys {
+            /// Keys with the values that were given.
+            fn given(self) -> Vec<(&'static str, String)> {
+                [$((stringify!($key), self.$key),)+].into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+            }
+        }
+    };
+}
+
+keys! {
+    /// What it is called in logs [default: vm].
+    name: "NAME",
+    /// The kernel: an ELF with a PVH entry, or a bzImage.
+    kernel: "FILE",
+    /// The initial file system.
+    initramfs: "FILE",
+    /// The kernel's command line [default: console=ttyS0].
+    cmdline: "TEXT",
+    /// Memory, like "512 MiB" or 4GiB [default: 512 MiB].
+    memory: "AMOUNT",
+    /// What the memory is made of: 4K, 2M, 1G, or auto [default: 4K].
+    pages: "SIZE",
+    /// The host's memory node that it lies on.
+    node: "N",
+    /// Whether it is locked in memory [default: false].
+    lock_memory: "BOOL",
+    /// How many vCPUs [default: 1].
+    vcpus: "N",
+    /// How the guest sees them, like sockets=1,cores=2,threads=2.
+    topology: "PARTS",
+    /// The host's core of each vCPU, like 2,3.
+    vcpu_cores: "CORES",
+    /// SCHED_FIFO priority of the vCPUs, 1 to 98.
+    vcpu_priority: "N",
+    /// The host's cores of every other thread, like 0,1.
+    emulator_cores: "CORES",
+    /// What the guest does without leaving the guest: hlt, mwait, pause, cstate.
+    disable_exits: "LIST",
+    /// Microseconds that KVM polls before it puts a halted vCPU to sleep.
+    halt_poll_us: "N",
+    /// Whether the guest is told that its vCPUs have their cores to themselves [default: false].
+    hint_dedicated: "BOOL",
+    /// Whether the guest has performance counters [default: true].
+    pmu: "BOOL",
+    /// Where the serial console goes: stdio, off, or file:PATH [default: stdio].
+    serial: "WHERE",
+    /// What a reset by the guest does: restart or end [default: restart].
+    on_reboot: "WHAT",
+    /// Seconds that a guest may take to shut down when asked [default: 30].
+    shutdown_timeout: "SECONDS",
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// What went wrong while it ran. A configuration that is refused is not an error here: it was said, and the status is 2.
+pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
+    let config = match &args.file {
+        Some(file) => Config::load(file),
+        None => Config::from_flags(&args.keys.given()),
+    };
+    match config {
+        Ok(config) if args.check => check::run(&config),
+        Ok(config) => run::run(&config, args.log.as_deref()),
+        Err(errors) => Ok(refused(&errors)),
+    }
+}
+
+fn refused(errors: &ConfigErrors) -> ExitCode {
+    eprintln!("{errors}");
+    ExitCode::from(crate::output::REFUSED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: VmArgs,
+    }
+
+    #[test]
+    fn every_key_is_a_flag_and_every_flag_a_key() {
+        let keys = vmm::config::vocabulary().into_iter().filter(|(table, _)| *table == "vm");
+        let mut words = vec!["vm".to_owned()];
+        for (_, key) in keys.clone() {
+            words.extend([format!("--{}", key.replace('_', "-")), "x".to_owned()]);
+        }
+        let given =
+            Command::try_parse_from(words).unwrap_or_else(|error| panic!("{error}")).args.keys.given();
+        assert_eq!(
+            given.iter().map(|(key, _)| *key).collect::<Vec<_>>(),
+            keys.map(|(_, key)| key).collect::<Vec<_>>()
+        );
+    }
+}

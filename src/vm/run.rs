@@ -1,0 +1,117 @@
+//! `cableway vm FILE`: the machine itself, from its configuration to the end of its guest.
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vmm::config::{Config, OnReboot};
+use vmm::machine::{Ended, Machine, Remote, StartError};
+use vmm::preflight::Preflight;
+
+use crate::log;
+use crate::output::refuse;
+
+/// Exit status when the guest's kernel panicked, when it met a triple fault, when KVM could not go on.
+const PANICKED: u8 = 3;
+const TRIPLE_FAULT: u8 = 4;
+const FAILED: u8 = 5;
+
+/// What signals ask the machine with; `None` until it runs.
+type Target = Arc<Mutex<Option<Remote>>>;
+
+/// Runs the machine until its guest ends, again and again where the guest reboots.
+///
+/// # Errors
+/// What the system refused. Whatever the user can set right is said, and the status is 2.
+pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
+    if let Err(error) = log::start(filter) {
+        return Ok(refuse(error));
+    }
+    // Before any thread is confined to some cores: a confined thread sees no others.
+    let mut preflight = match Preflight::new(config) {
+        Ok(preflight) => preflight,
+        Err(error) => return Ok(refuse(error)),
+    };
+    let target = Target::default();
+    obey_signals(target.clone())?;
+    loop {
+        let began = Instant::now();
+        let mut machine = match Machine::start(config, preflight) {
+            Ok(machine) => machine,
+            Err(error) => return Ok(refuse(error)),
+        };
+        *target.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.remote());
+        tracing::info!("{} started in {:.1} ms", config.name, began.elapsed().as_secs_f64() * 1e3);
+        let ended = machine.wait();
+        let exits: Vec<_> =
+            machine.exits().iter().map(|(reason, count)| format!("{} {count}", reason.name())).collect();
+        tracing::info!(
+            "{} ran {:.1} s; exits: {}",
+            config.name,
+            began.elapsed().as_secs_f64(),
+            exits.join(", ")
+        );
+        drop(machine);
+        let name = &config.name;
+        let status = match ended {
+            Ended::Reset if config.on_reboot == OnReboot::Restart => {
+                tracing::info!("{name} restarts");
+                preflight = match Preflight::new(config).map_err(StartError::from) {
+                    Ok(preflight) => preflight,
+                    Err(error) => return Ok(refuse(error)),
+                };
+                continue;
+            }
+            Ended::Reset => {
+                tracing::info!("{name} wants to restart, and `on_reboot` says to end");
+                ExitCode::SUCCESS
+            }
+            Ended::PowerOff => {
+                tracing::info!("{name} turned itself off");
+                ExitCode::SUCCESS
+            }
+            Ended::Stopped => {
+                tracing::info!("{name} was ended");
+                ExitCode::SUCCESS
+            }
+            Ended::Panicked => {
+                tracing::error!("{name}: the guest's kernel panicked; its console says why");
+                ExitCode::from(PANICKED)
+            }
+            Ended::TripleFault { vcpu } => {
+                tracing::error!(
+                    "{name}: vCPU {vcpu} met a triple fault: the guest's kernel destroyed its own tables"
+                );
+                ExitCode::from(TRIPLE_FAULT)
+            }
+            Ended::Failed { vcpu, what } => {
+                tracing::error!("{name}: vCPU {vcpu}: {what}; dmesg may say more");
+                ExitCode::from(FAILED)
+            }
+        };
+        return Ok(status);
+    }
+}
+
+/// SIGTERM presses the power button, once; SIGINT, or a second SIGTERM, ends the machine.
+fn obey_signals(target: Target) -> Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("waiting for signals")?;
+    let watch = move || {
+        let mut asked = false;
+        for signal in signals.forever() {
+            let remote = target.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match remote {
+                Some(remote) if signal == SIGTERM && !asked => remote.shutdown(),
+                Some(remote) => remote.kill(),
+                // It is still being put together, and nothing of it outlives the process.
+                None => std::process::exit(0),
+            }
+            asked = true;
+        }
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(watch).context("starting a thread")?;
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! Flags as configuration: `--vcpu-cores 2,3` is `vcpu_cores = [2, 3]`.
+//!
+//! Owns the translation, one line of TOML a flag, so that both are read and judged by the same code. Never knows what a key
+//! means.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use super::{Config, ConfigErrors};
+
+/// What messages call the flags.
+const COMMAND_LINE: &str = "command line";
+
+/// Keys whose value is always text, whatever it looks like.
+const TEXTS: &[&str] = &["name", "kernel", "initramfs", "cmdline", "memory", "pages", "serial", "on_reboot"];
+/// Keys with several values, apart by commas.
+const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
+/// Keys with named values: `sockets=1,cores=2`.
+const TABLES: &[&str] = &["topology"];
+
+/// Reads `flags`: keys of `[vm]` with their values.
+pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
+    let mut text = "[vm]\n".to_owned();
+    for (key, value) in flags {
+        let parts = || value.split(',').filter(|part| !part.trim().is_empty());
+        let value = if TEXTS.contains(key) {
+            quoted(value)
+        } else if LISTS.contains(key) {
+            format!("[{}]", parts().map(plain).collect::<Vec<_>>().join(", "))
+        } else if TABLES.contains(key) {
+            let pair = |part: &str| match part.split_once('=') {
+                Some((name, value)) => format!("{} = {}", quoted(name.trim()), plain(value)),
+                None => format!("{} = \"\"", quoted(part.trim())),
+            };
+            format!("{{ {} }}", parts().map(pair).collect::<Vec<_>>().join(", "))
+        } else {
+            plain(value)
+        };
+        let _ = writeln!(text, "{key} = {value}");
+    }
+    Config::parse(&text, Path::new(COMMAND_LINE)).map_err(|mut errors| {
+        // Lines of a text that the user never saw help nobody: the message names the key.
+        for problem in &mut errors.problems {
+            problem.at = None;
+        }
+        errors
+    })
+}
+
+/// A number or a truth value as it is, anything else in quotes.
+fn plain(value: &str) -> String {
+    let value = value.trim();
+    match value.parse::<i64>().is_ok() && !value.starts_with('+') || matches!(value, "true" | "false") {
+        true => value.parse::<i64>().map_or_else(|_| value.to_owned(), |number| number.to_string()),
+        false => quoted(value),
+    }
+}
+
+/// A TOML string.
+fn quoted(value: &str) -> String {
+    let mut text = String::from('"');
+    for c in value.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(text, "\\u{:04x}", u32::from(c));
+            }
+            c => text.push(c),
+        }
+    }
+    text + "\""
+}

@@ -1,0 +1,80 @@
+//! The vocabulary: the keys of `[vm]` as a user writes them, the same in a file and as flags.
+//!
+//! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
+
+use settings::values::{Bounded, CoreNumber, Memory, Name};
+use settings::{Spanned, keys, nested, plain};
+
+use super::MAX_VCPUS;
+use super::values::{CommandLine, DisabledExit, FileName, OnReboot, PageSize, SerialName};
+
+plain!(CommandLine, DisabledExit, FileName, OnReboot, PageSize, SerialName);
+
+/// Some vCPUs, or parts of their topology.
+pub(super) type VcpuCount = Bounded<1, { MAX_VCPUS as i64 }>;
+
+keys! {
+    /// `[vm]`.
+    VmKeys in "[vm]" {
+        /// What it is called in logs and commands.
+        name: Name,
+        /// The kernel, an ELF with a PVH entry or a bzImage.
+        kernel: FileName,
+        /// The initial file system.
+        initramfs: FileName,
+        /// The kernel's command line.
+        cmdline: CommandLine,
+        /// How much memory.
+        memory: Memory,
+        /// What the memory is made of.
+        pages: PageSize,
+        /// The host's memory node that it lies on.
+        node: Bounded<0, 1_023>,
+        /// Whether it is locked in memory.
+        lock_memory: bool,
+        /// How many vCPUs.
+        vcpus: VcpuCount,
+        /// How the guest sees them.
+        topology: TopologyKeys,
+        /// The host's core of each vCPU.
+        vcpu_cores: Vec<Spanned<CoreNumber>>,
+        /// SCHED_FIFO priority of the vCPUs.
+        vcpu_priority: Bounded<1, 98>,
+        /// The host's cores of every other thread.
+        emulator_cores: Vec<Spanned<CoreNumber>>,
+        /// What the guest does without leaving the guest.
+        disable_exits: Vec<Spanned<DisabledExit>>,
+        /// Microseconds that KVM polls before it puts a halted vCPU to sleep.
+        halt_poll_us: Bounded<0, 1_000_000>,
+        /// Whether the guest is told that its vCPUs have their cores to themselves.
+        hint_dedicated: bool,
+        /// Whether the guest has performance counters.
+        pmu: bool,
+        /// Where the serial console goes.
+        serial: SerialName,
+        /// What a reset by the guest does.
+        on_reboot: OnReboot,
+        /// Seconds that a guest may take to shut down when asked.
+        shutdown_timeout: Bounded<0, 86_400>,
+    }
+}
+
+keys! {
+    /// `topology = { … }`.
+    TopologyKeys in "`topology`" {
+        /// Sockets.
+        sockets: VcpuCount,
+        /// Cores of a socket.
+        cores: VcpuCount,
+        /// Threads of a core.
+        threads: Bounded<1, 8>,
+    }
+}
+
+nested!(TopologyKeys);
+
+/// All keys of the vocabulary: (table, key). Documentation and the flags are checked against it.
+pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
+    let of = |table: &'static str, keys: &'static [&'static str]| keys.iter().map(move |key| (table, *key));
+    of("vm", VmKeys::KEYS).chain(of("topology", TopologyKeys::KEYS)).collect()
+}

@@ -1,0 +1,108 @@
+//! The configuration of a virtual machine: one value, from a file or from flags, validated whole before anything starts.
+//!
+//! Owns the vocabulary of `[vm]` and what its combinations mean. Finds all problems in one pass. Never opens a device, never
+//! starts anything.
+
+mod flags;
+mod keys;
+#[cfg(test)]
+mod tests;
+mod validate;
+mod values;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use keys::vocabulary;
+pub use settings::{ConfigErrors, Problem};
+pub use values::{DisabledExit, OnReboot, PageSize, SerialTo};
+
+/// The most vCPUs of a machine: their APIC identifiers fit a byte.
+pub const MAX_VCPUS: u32 = 254;
+
+/// A whole configuration, every default filled in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// What the machine is called.
+    pub name: String,
+    /// The kernel: an ELF with a PVH entry, or a bzImage.
+    pub kernel: PathBuf,
+    /// The initial file system.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Bytes of memory, a multiple of the page size.
+    pub memory: u64,
+    /// What the memory is made of.
+    pub pages: PageSize,
+    /// The host's memory node that it lies on, if that matters.
+    pub node: Option<u32>,
+    /// Whether it is locked in memory.
+    pub lock_memory: bool,
+    /// How many vCPUs, and how the guest sees them.
+    pub topology: Topology,
+    /// The host's core of each vCPU.
+    pub vcpu_cores: Option<Vec<u32>>,
+    /// SCHED_FIFO priority of the vCPU threads.
+    pub vcpu_priority: Option<u8>,
+    /// The host's cores of every other thread.
+    pub emulator_cores: Option<Vec<u32>>,
+    /// What the guest does without leaving the guest.
+    pub disable_exits: Vec<DisabledExit>,
+    /// How long KVM polls before it puts a halted vCPU to sleep; `None`: as the kernel is set.
+    pub halt_poll: Option<Duration>,
+    /// Whether the guest is told that its vCPUs have their cores to themselves.
+    pub hint_dedicated: bool,
+    /// Whether the guest has performance counters.
+    pub pmu: bool,
+    /// Where the serial console goes.
+    pub serial: SerialTo,
+    /// What a reset by the guest does.
+    pub on_reboot: OnReboot,
+    /// How long a guest may take to shut down when asked.
+    pub shutdown_timeout: Duration,
+}
+
+/// Sockets of cores of threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// Sockets.
+    pub sockets: u32,
+    /// Cores of a socket.
+    pub cores: u32,
+    /// Threads of a core.
+    pub threads: u32,
+}
+
+impl Topology {
+    /// vCPUs in all.
+    pub fn vcpus(&self) -> u32 {
+        self.sockets * self.cores * self.threads
+    }
+}
+
+impl Config {
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        Self::parse(&settings::read_file(file)?, file)
+    }
+
+    /// Validates the text of a configuration; `file` is what messages call it.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigErrors> {
+        settings::parse(text, file, |document, problems| validate::document(document, file, problems))
+    }
+
+    /// Validates keys that were given as flags: pairs of a key of `[vm]` and its value as text.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them.
+    pub fn from_flags(flags: &[(&str, String)]) -> Result<Self, ConfigErrors> {
+        flags::parse(flags)
+    }
+}

@@ -1,0 +1,128 @@
+use std::path::Path;
+use std::time::Duration;
+
+use super::*;
+
+fn parse(keys: &str) -> Result<Config, ConfigErrors> {
+    Config::parse(&format!("[vm]\n{keys}"), Path::new("machines/fw.toml"))
+}
+
+/// The one problem of a configuration with a kernel, and its line and column.
+fn problem(keys: &str) -> (usize, usize, String) {
+    let errors = parse(&format!("kernel = \"k\"\n{keys}")).unwrap_err();
+    assert_eq!(errors.problems.len(), 1, "{errors}");
+    let (line, column) = errors.problems[0].at.unwrap();
+    (line, column, errors.problems[0].message.clone())
+}
+
+#[test]
+fn a_kernel_is_enough_and_everything_else_has_a_default() {
+    let config = parse("kernel = \"vmlinux\"").unwrap();
+    assert_eq!((config.name.as_str(), config.kernel.as_path()), ("fw", Path::new("machines/vmlinux")));
+    assert_eq!((config.memory, config.pages, config.topology.vcpus()), (512 << 20, PageSize::Ordinary, 1));
+    assert_eq!((config.cmdline.as_str(), &config.serial), ("console=ttyS0", &SerialTo::Stdio));
+    assert_eq!((config.on_reboot, config.shutdown_timeout), (OnReboot::Restart, Duration::from_secs(30)));
+    assert!(config.pmu && !config.hint_dedicated && !config.lock_memory);
+}
+
+#[test]
+fn a_missing_kernel_and_an_unknown_key_are_found_in_one_pass() {
+    let text = parse("kernal = \"x\"\nvcpus = 0").unwrap_err().to_string();
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert!(lines[0].starts_with("machines/fw.toml:1:2: [vm] needs `kernel`"), "{text}");
+    assert_eq!(lines[1], "machines/fw.toml:2:1: unknown key `kernal` in [vm]; did you mean `kernel`?");
+    assert!(lines[2].starts_with("machines/fw.toml:3:9: `vcpus`: "), "{text}");
+}
+
+#[test]
+fn cores_go_with_vcpus_one_to_one_and_have_one_task() {
+    assert!(problem("vcpus = 2\nvcpu_cores = [3]").2.contains("1 cores for 2 vCPUs"));
+    assert!(problem("vcpus = 2\nvcpu_cores = [3, 3]").2.contains("core 3 is there twice"));
+    assert!(problem("vcpu_cores = [1]\nemulator_cores = [0, 1]").2.contains("core 1 is a vCPU's already"));
+    assert!(problem("vcpu_priority = 5").2.contains("needs `vcpu_cores`"));
+    let config =
+        parse("kernel = \"k\"\nvcpus = 2\nvcpu_cores = [2, 3]\nvcpu_priority = 1\nemulator_cores = [0]")
+            .unwrap();
+    assert_eq!((config.vcpu_cores, config.vcpu_priority), (Some(vec![2, 3]), Some(1)));
+}
+
+#[test]
+fn a_topology_agrees_with_the_number_of_vcpus() {
+    let config = parse("kernel = \"k\"\ntopology = { sockets = 2, cores = 2, threads = 2 }").unwrap();
+    assert_eq!(config.topology.vcpus(), 8);
+    let config = parse("kernel = \"k\"\nvcpus = 8\ntopology = { threads = 2 }").unwrap();
+    assert_eq!(config.topology, Topology { sockets: 1, cores: 4, threads: 2 });
+    assert!(problem("vcpus = 3\ntopology = { threads = 2 }").2.contains("are 2 vCPUs, but `vcpus` is 3"));
+    assert!(problem("topology = { sockets = 254, cores = 254 }").2.contains("64516 vCPUs"));
+    assert!(problem("topology = { sockets = 3, cores = 65 }").2.contains("powers of two"));
+}
+
+#[test]
+fn memory_is_a_whole_number_of_pages_and_the_message_says_which() {
+    let (line, _, text) = problem("pages = \"1G\"\nmemory = \"1536 MiB\"");
+    assert_eq!(
+        (line, text.as_str()),
+        (4, "`memory`: not a multiple of the page size, 1G: give \"1024 MiB\" or \"2048 MiB\"")
+    );
+    assert_eq!(parse("kernel = \"k\"\npages = \"1G\"").unwrap().memory, 1 << 30);
+    assert!(problem("memory = \"1 MiB\"").2.contains("from 2 MiB"));
+}
+
+#[test]
+fn flags_mean_what_the_same_keys_mean_in_a_file() {
+    let flags = [
+        ("kernel", "a \"b\\".to_owned()),
+        ("memory", "1GiB".to_owned()),
+        ("vcpus", "4".to_owned()),
+        ("topology", "cores=2,threads=2".to_owned()),
+        ("vcpu_cores", "1, 2,3,4".to_owned()),
+        ("disable_exits", "hlt,pause".to_owned()),
+        ("pmu", "false".to_owned()),
+        ("serial", "off".to_owned()),
+    ];
+    let config = Config::from_flags(&flags).unwrap();
+    assert_eq!((config.name.as_str(), config.kernel.as_path()), ("vm", Path::new("a \"b\\")));
+    assert_eq!((config.memory, config.topology.threads), (1 << 30, 2));
+    assert_eq!(config.vcpu_cores, Some(vec![1, 2, 3, 4]));
+    assert_eq!(config.disable_exits, [DisabledExit::Hlt, DisabledExit::Pause]);
+    assert!(!config.pmu);
+    let errors = Config::from_flags(&[("kernel", "k".to_owned()), ("vcpus", "many".to_owned())]).unwrap_err();
+    let text = errors.to_string();
+    assert!(text.starts_with("command line: `vcpus`: string \"many\": wanted a whole number"), "{text}");
+}
+
+#[test]
+fn any_flag_gives_a_configuration_or_problems_and_never_a_panic() {
+    let values = [
+        "",
+        "\"",
+        "\\",
+        "1,,2",
+        "=",
+        "a=b=c",
+        "\n[vm]",
+        "-1",
+        "+1",
+        "007",
+        "true",
+        "9223372036854775808",
+        "é\u{1}",
+    ];
+    for (_, key) in vocabulary().into_iter().filter(|(table, _)| *table == "vm") {
+        for value in values {
+            let _ = Config::from_flags(&[(key, value.to_owned())]).map_err(|errors| errors.to_string());
+        }
+    }
+}
+
+#[test]
+fn the_documentation_has_every_key() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = std::fs::read_to_string(root.join("docs/vm.md")).unwrap();
+    for (table, key) in vocabulary() {
+        assert!(text.contains(&format!("`{key}`")), "docs/vm.md lacks `{key}` of {table}");
+    }
+    let example = Config::load(&root.join("configs/vm.toml")).unwrap();
+    assert_eq!(example.topology.vcpus(), 2);
+}

@@ -1,0 +1,205 @@
+//! What the keys mean together: defaults and rules between keys.
+
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use settings::values::CoreNumber;
+use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
+
+use super::keys::{TopologyKeys, VmKeys};
+use super::values::{OnReboot, PageSize, SerialTo};
+use super::{Config, MAX_VCPUS, Topology};
+
+const CMDLINE: &str = "console=ttyS0";
+const MEMORY: u64 = 512 << 20;
+const MEMORY_LEAST: u64 = 2 << 20;
+const MEMORY_MOST: u64 = 16 << 40;
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Validates a whole document. `None` when something essential was wrong.
+pub(super) fn document(document: &DeTable<'_>, file: &Path, problems: &mut Problems<'_>) -> Option<Config> {
+    let mut vm = None;
+    for (key, value) in document {
+        match (key.get_ref().as_ref(), value.get_ref()) {
+            ("vm", DeValue::Table(table)) => {
+                vm = Some(self::vm(VmKeys::table("", table, problems), &key.span(), file, problems));
+            }
+            ("vm", _) => problems.add(key.span(), "`vm` is a table: write `[vm]`"),
+            (unknown, _) => {
+                let hint = suggestion(unknown, &["vm"]);
+                problems.add(key.span(), format!("unknown key `{unknown}` outside of `[vm]`; {hint}"));
+            }
+        }
+    }
+    if vm.is_none() && !document.contains_key("vm") {
+        problems.add_general("`[vm]` is missing: it names the kernel to start, as in `kernel = \"vmlinux\"`");
+    }
+    vm?
+}
+
+/// `[vm]`.
+fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>) -> Option<Config> {
+    if keys.kernel.is_none() {
+        keys.wrong.or_missing("kernel", at.clone(), "as in `kernel = \"vmlinux\"`", problems);
+    }
+    let pages = keys.pages.map_or(PageSize::Ordinary, Spanned::into_inner);
+    let memory = match keys.memory {
+        Some(amount) => checked_memory(&amount.span(), amount.get_ref().0, pages, problems),
+        None => MEMORY.next_multiple_of(bytes(pages)),
+    };
+    let vcpus = keys.vcpus.as_ref().map(|count| (count.get_ref().get::<u32>(), count.span()));
+    let topology = match keys.topology {
+        Some(table) => topology(&table.span(), table.get_ref(), vcpus.as_ref().map(|v| v.0), problems),
+        None => Topology { sockets: 1, cores: vcpus.map_or(1, |v| v.0), threads: 1 },
+    };
+    let vcpu_cores = keys.vcpu_cores.map(|list| {
+        let (span, cores) = cores("vcpu_cores", list, problems);
+        let (wanted, given) = (topology.vcpus(), cores.len());
+        if wanted as usize != given {
+            problems.add(span, format!("`vcpu_cores`: {given} cores for {wanted} vCPUs; name one for each"));
+        }
+        cores
+    });
+    let emulator_cores = keys.emulator_cores.map(|list| {
+        let (span, cores) = cores("emulator_cores", list, problems);
+        for core in cores.iter().filter(|core| vcpu_cores.as_ref().is_some_and(|v| v.contains(core))) {
+            let message = format!("`emulator_cores`: core {core} is a vCPU's already; a core has one task");
+            problems.add(span.clone(), message);
+        }
+        cores
+    });
+    if let Some(priority) = keys.vcpu_priority.as_ref().filter(|_| vcpu_cores.is_none()) {
+        problems.add(
+            priority.span(),
+            "`vcpu_priority` needs `vcpu_cores`: a real-time thread that may run anywhere starves others at random",
+        );
+    }
+    let mut disable_exits: Vec<_> =
+        keys.disable_exits.into_iter().flat_map(Spanned::into_inner).map(Spanned::into_inner).collect();
+    disable_exits.dedup();
+    let directory = file.parent();
+    // Paths in a file are relative to it, so that a machine can be started from anywhere.
+    let resolve = |path: &Path| directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
+    Some(Config {
+        name: keys.name.map_or_else(|| default_name(file), |name| name.into_inner().0),
+        kernel: resolve(&keys.kernel?.get_ref().0),
+        initramfs: keys.initramfs.map(|path| resolve(&path.get_ref().0)),
+        cmdline: keys.cmdline.map_or_else(|| CMDLINE.to_owned(), |line| line.into_inner().0),
+        memory,
+        pages,
+        node: keys.node.map(|node| node.get_ref().get()),
+        lock_memory: keys.lock_memory.is_some_and(Spanned::into_inner),
+        topology,
+        vcpu_cores,
+        vcpu_priority: keys.vcpu_priority.map(|priority| priority.get_ref().get()),
+        emulator_cores,
+        disable_exits,
+        halt_poll: keys.halt_poll_us.map(|us| Duration::from_micros(us.get_ref().get())),
+        hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
+        pmu: keys.pmu.is_none_or(Spanned::into_inner),
+        serial: match keys.serial.map(|serial| serial.into_inner().0) {
+            Some(SerialTo::File(path)) => SerialTo::File(resolve(&path)),
+            other => other.unwrap_or(SerialTo::Stdio),
+        },
+        on_reboot: keys.on_reboot.map_or(OnReboot::Restart, Spanned::into_inner),
+        shutdown_timeout: keys
+            .shutdown_timeout
+            .map_or(SHUTDOWN_TIMEOUT, |seconds| Duration::from_secs(seconds.get_ref().get())),
+    })
+}
+
+/// A machine is called as its file is, or "vm".
+fn default_name(file: &Path) -> String {
+    let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let possible = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if stem.is_empty() || !stem.chars().all(possible) { "vm".to_owned() } else { stem.to_owned() }
+}
+
+fn bytes(pages: PageSize) -> u64 {
+    match pages {
+        PageSize::Auto | PageSize::Huge2M => 2 << 20,
+        PageSize::Ordinary => 4 << 10,
+        PageSize::Huge1G => 1 << 30,
+    }
+}
+
+fn checked_memory(span: &Range<usize>, amount: u64, pages: PageSize, problems: &mut Problems<'_>) -> u64 {
+    if !(MEMORY_LEAST..=MEMORY_MOST).contains(&amount) {
+        problems.add(span.clone(), "`memory`: wanted from 2 MiB to 16 TiB");
+    } else if !amount.is_multiple_of(bytes(pages)) {
+        let (up, down) = (amount.next_multiple_of(bytes(pages)), amount / bytes(pages) * bytes(pages));
+        let (word, mib) = (pages.word(), |bytes: u64| format!("\"{} MiB\"", bytes >> 20));
+        let least = if down == 0 { String::new() } else { format!("{} or ", mib(down)) };
+        problems.add(
+            span.clone(),
+            format!("`memory`: not a multiple of the page size, {word}: give {least}{}", mib(up)),
+        );
+    }
+    amount
+}
+
+/// The topology that was asked for, and whether it has as many vCPUs as were asked for.
+fn topology(
+    span: &Range<usize>,
+    keys: &TopologyKeys,
+    vcpus: Option<u32>,
+    problems: &mut Problems<'_>,
+) -> Topology {
+    let count =
+        |key: &Option<Spanned<super::keys::VcpuCount>>| key.as_ref().map(|n| n.get_ref().get::<u32>());
+    let threads = keys.threads.as_ref().map_or(1, |n| n.get_ref().get::<u32>());
+    let sockets = count(&keys.sockets).unwrap_or(1);
+    let per_core = sockets.saturating_mul(threads);
+    let cores = count(&keys.cores).unwrap_or_else(|| (vcpus.unwrap_or(per_core) / per_core).max(1));
+    let all = u64::from(sockets) * u64::from(cores) * u64::from(threads);
+    if !keys.wrong.any() {
+        match vcpus {
+            Some(vcpus) if u64::from(vcpus) != all => problems.add(
+                span.clone(),
+                format!(
+                    "`topology`: {sockets} sockets of {cores} cores of {threads} threads are {all} vCPUs, but `vcpus` is \
+                     {vcpus}; make them agree, or leave `vcpus` out"
+                ),
+            ),
+            None if all > u64::from(MAX_VCPUS) => problems.add(
+                span.clone(),
+                format!("`topology`: {all} vCPUs, a machine has at most {MAX_VCPUS}"),
+            ),
+            _ => {
+                let topology = Topology { sockets, cores, threads };
+                let highest = topology.apic_id(topology.vcpus() - 1);
+                if highest <= MAX_VCPUS {
+                    return topology;
+                }
+                let message = format!(
+                    "`topology`: cores and threads are numbered in bits of their own, which makes the last vCPU number \
+                     {highest}, and {MAX_VCPUS} is the highest possible; take powers of two"
+                );
+                problems.add(span.clone(), message);
+            }
+        }
+    }
+    Topology { sockets: 1, cores: vcpus.unwrap_or(1), threads: 1 }
+}
+
+/// A list of cores without repetition.
+fn cores(
+    key: &str,
+    list: Spanned<Vec<Spanned<CoreNumber>>>,
+    problems: &mut Problems<'_>,
+) -> (Range<usize>, Vec<u32>) {
+    let span = list.span();
+    let mut cores = Vec::new();
+    for core in list.into_inner() {
+        let number: u32 = core.get_ref().get();
+        if cores.contains(&number) {
+            problems.add(core.span(), format!("`{key}`: core {number} is there twice; a core has one task"));
+        }
+        cores.push(number);
+    }
+    if cores.is_empty() {
+        problems.add(span.clone(), format!("`{key}` is empty: name at least one core, as in `{key} = [1]`"));
+    }
+    (span, cores)
+}

@@ -1,0 +1,90 @@
+//! The types of single values that only a virtual machine has.
+
+use std::path::PathBuf;
+
+use settings::{text, words};
+
+words! {
+    /// What a guest's memory is made of.
+    PageSize {
+        /// 2 MiB where enough are free, else 4 KiB.
+        Auto = "auto",
+        /// Pages of 4 KiB, which the kernel may join behind the scenes.
+        Ordinary = "4K",
+        /// Huge pages of 2 MiB.
+        Huge2M = "2M",
+        /// Huge pages of 1 GiB.
+        Huge1G = "1G",
+    }
+
+    /// What a guest may do without leaving the guest, at the price of a core that never rests.
+    DisabledExit {
+        /// HLT: a halted vCPU keeps its core.
+        Hlt = "hlt",
+        /// MONITOR and MWAIT: the guest chooses idle states itself.
+        Mwait = "mwait",
+        /// PAUSE in spin loops.
+        Pause = "pause",
+        /// Reading of C-state residency counters.
+        Cstate = "cstate",
+    }
+
+    /// What a reset by the guest does.
+    OnReboot {
+        /// The machine starts again.
+        Restart = "restart",
+        /// The machine ends.
+        End = "end",
+    }
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialTo {
+    /// Standard output, and input if that is a terminal or a pipe.
+    Stdio,
+    /// A file, written anew.
+    File(PathBuf),
+    /// There is none.
+    Off,
+}
+
+impl std::fmt::Display for SerialTo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SerialTo::Stdio => f.write_str("standard input and output"),
+            SerialTo::File(path) => write!(f, "{}", path.display()),
+            SerialTo::Off => f.write_str("nowhere"),
+        }
+    }
+}
+
+text! {
+    /// Where the serial console goes.
+    SerialName(SerialTo), "\"stdio\", \"off\" or \"file:PATH\"", |text| match text {
+        "stdio" => Ok(SerialTo::Stdio),
+        "off" => Ok(SerialTo::Off),
+        _ => match text.strip_prefix("file:") {
+            Some(path) if !path.is_empty() => Ok(SerialTo::File(path.into())),
+            _ => Err(format!("{text:?}: wanted \"stdio\", \"off\" or \"file:PATH\"")),
+        },
+    };
+
+    /// The path of a file.
+    FileName(PathBuf), "a path in quotes", |text| match text {
+        "" => Err("the path is empty".to_owned()),
+        _ if text.contains('\0') => Err(format!("{text:?}: a path holds no zero byte")),
+        _ => Ok(text.into()),
+    };
+
+    /// A kernel's command line.
+    CommandLine(String), "text in quotes", |text| {
+        if text.contains(['\0', '\n']) {
+            return Err("a command line is one line without zero bytes".to_owned());
+        }
+        match crate::layout::COMMAND_LINE_MAX - 1 {
+            most if text.len() > most => Err(format!("{} bytes, Linux takes at most {most}", text.len())),
+            _ => Ok(text.to_owned()),
+        }
+    };
+}

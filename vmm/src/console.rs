@@ -1,0 +1,183 @@
+//! Where the serial console's bytes come from and go to.
+//!
+//! Owns the thread that writes what the guest printed and the one that reads what a user types; both end with the console. A
+//! reader that is slow or gone costs the guest nothing: its queue is bounded, and what does not fit is counted and lost.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::config::SerialTo;
+use crate::device::lock;
+use crate::device::serial::SerialPort;
+use crate::machine::Event;
+
+/// Bytes that the guest may be ahead of whoever reads: a kernel's whole boot log.
+const QUEUE: usize = 256 << 10;
+/// How long what the guest printed last may take to be written when the machine ends.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long the reader waits for the guest to take what was typed.
+const TYPED_WAIT: u16 = 5;
+/// Ctrl-], as telnet and virsh have it: ends the machine from its console.
+const ESCAPE: u8 = 0x1d;
+
+/// The end of the queue that the serial port writes to.
+pub(crate) struct Output {
+    queue: Sender<u8>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            if self.queue.try_send(*byte).is_err() {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The outside of a serial port.
+pub(crate) struct Console {
+    written: Receiver<()>,
+    lost: Arc<AtomicU64>,
+    reader: Option<(std::thread::JoinHandle<()>, EventFd)>,
+    _raw: Option<RawTerminal>,
+}
+
+impl Console {
+    /// Opens where the bytes go; `None` if there is no console.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(crate) fn open(to: &SerialTo) -> io::Result<Option<(Self, Output)>> {
+        let sink: Box<dyn Write + Send> = match to {
+            SerialTo::Off => return Ok(None),
+            SerialTo::Stdio => Box::new(io::stdout()),
+            SerialTo::File(path) => Box::new(create(path)?),
+        };
+        let (queue, bytes) = bounded(QUEUE);
+        let (done, written) = bounded(1);
+        std::thread::Builder::new().name("console".to_owned()).spawn(move || {
+            write_out(&bytes, sink);
+            let _ = done.send(());
+        })?;
+        let lost = Arc::new(AtomicU64::new(0));
+        let console = Self { written, lost: lost.clone(), reader: None, _raw: None };
+        Ok(Some((console, Output { queue, lost })))
+    }
+
+    /// Gives `port` what comes in on standard input, if anything can. A terminal is set to pass every key on.
+    pub(crate) fn listen(&mut self, port: Arc<Mutex<SerialPort>>, events: Sender<Event>) -> io::Result<()> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
+        let stopped = stop.as_fd().try_clone_to_owned()?;
+        self._raw = RawTerminal::new();
+        let raw = self._raw.is_some();
+        let thread = std::thread::Builder::new().name("keyboard".to_owned()).spawn(move || {
+            read_in(&port, &events, &stopped, raw);
+        })?;
+        self.reader = Some((thread, stop));
+        Ok(())
+    }
+
+    /// Ends both threads, after what the guest printed last was written, if somebody reads it. The port must be gone.
+    pub(crate) fn close(mut self) {
+        if let Some((thread, stop)) = self.reader.take() {
+            let _ = stop.write(1);
+            let _ = thread.join();
+        }
+        let _ = self.written.recv_timeout(DRAIN);
+        match self.lost.load(Ordering::Relaxed) {
+            0 => {}
+            lost => tracing::warn!("{lost} bytes of the serial console were lost: nobody read them in time"),
+        }
+    }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::create(path).map_err(|error| {
+        io::Error::new(error.kind(), format!("the serial console's file {}: {error}", path.display()))
+    })
+}
+
+/// Writes what comes until the port is gone.
+fn write_out(bytes: &Receiver<u8>, mut sink: Box<dyn Write + Send>) {
+    let mut batch = Vec::with_capacity(4096);
+    while let Ok(first) = bytes.recv() {
+        batch.clear();
+        batch.push(first);
+        batch.extend(bytes.try_iter().take(4095));
+        // Nobody is there to read it: the guest goes on.
+        let _ = sink.write_all(&batch).and_then(|()| sink.flush());
+    }
+}
+
+/// Passes standard input on until it ends or `stop` is signalled.
+fn read_in(port: &Mutex<SerialPort>, events: &Sender<Event>, stop: &impl AsFd, terminal: bool) {
+    let stdin = io::stdin();
+    let stopped = |timeout: PollTimeout| {
+        let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
+    };
+    let mut buffer = [0; 256];
+    loop {
+        let mut fds =
+            [PollFd::new(stdin.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::NONE).is_err() && nix::Error::last() != nix::Error::EINTR {
+            return;
+        }
+        if stopped(PollTimeout::ZERO) {
+            return;
+        }
+        // Unlocked and unbuffered: whatever is read here was typed for this guest.
+        let Ok(length @ 1..) = nix::unistd::read(&stdin, &mut buffer) else { return };
+        let mut typed = buffer.get(..length).unwrap_or_default();
+        if terminal && typed.contains(&ESCAPE) {
+            let _ = events.send(Event::Escape);
+            return;
+        }
+        while !typed.is_empty() {
+            let taken = lock(port).receive(typed);
+            typed = typed.get(taken..).unwrap_or_default();
+            if !typed.is_empty() && stopped(TYPED_WAIT.into()) {
+                return;
+            }
+        }
+    }
+}
+
+/// A terminal that passes every key on, until this is dropped.
+struct RawTerminal(nix::sys::termios::Termios);
+
+impl RawTerminal {
+    /// `None` if standard input is no terminal.
+    fn new() -> Option<Self> {
+        use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+        let before = tcgetattr(io::stdin()).ok()?;
+        let mut raw = before.clone();
+        cfmakeraw(&mut raw);
+        // What the VMM itself logs begins at the left all the same.
+        raw.output_flags = before.output_flags;
+        tcsetattr(io::stdin(), SetArg::TCSANOW, &raw).ok()?;
+        Some(Self(before))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = nix::sys::termios::tcsetattr(io::stdin(), nix::sys::termios::SetArg::TCSANOW, &self.0);
+    }
+}

@@ -1,0 +1,18 @@
+//! The virtual machine monitor: real-time virtual machines on KVM.
+//!
+//! Owns guests: their memory, vCPUs, devices and boot. Knows nothing of switches: a guest's network card meets one at a
+//! vhost-user socket. Whatever a guest writes, to memory or to a register, is read once and checked before it is used.
+
+pub mod acpi;
+pub mod boot;
+pub mod config;
+mod console;
+mod device;
+mod layout;
+pub mod machine;
+pub mod memory;
+mod pci;
+pub mod preflight;
+mod vcpu;
+
+pub use vcpu::exits::{ExitCounters, ExitReason};

@@ -1,0 +1,327 @@
+//! A virtual machine from its first page to its end.
+//!
+//! Owns the order in which a machine is put together and taken apart, and what its end means. Everything it consists of has a
+//! file of its own; nothing here knows a register or a table.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use host::thread::{PinError, RealTimeError};
+use host::topology::CoreSet;
+use kvm_bindings::{
+    KVM_CAP_HALT_POLL, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_DISABLE_EXITS, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::BootError;
+use crate::config::{Config, SerialTo};
+use crate::console::Console;
+use crate::device::Devices;
+use crate::device::serial::SerialPort;
+use crate::memory::{GuestMemory, GuestMemoryError};
+use crate::pci::PciBus;
+use crate::preflight::{Preflight, PreflightError, bit};
+use crate::vcpu::cpuid::{Choices, Model};
+use crate::vcpu::exits::{ExitCounters, ExitReason};
+use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
+use crate::{acpi, layout};
+
+/// Why a machine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Something was seen to be wrong before anything was taken.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] GuestMemoryError),
+    /// Its kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM refuses a step.
+    #[error("KVM cannot {doing}: {source}")]
+    Kvm {
+        /// What.
+        doing: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// The serial console cannot be opened.
+    #[error(transparent)]
+    Console(std::io::Error),
+    /// A thread cannot be started.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// A thread cannot be pinned.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A thread cannot be real time.
+    #[error(transparent)]
+    RealTime(#[from] RealTimeError),
+}
+
+/// Something that concerns the whole machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// The guest turned itself off.
+    PowerOff,
+    /// The guest wants to start again.
+    Reset,
+    /// The guest says that it panicked.
+    Panicked,
+    /// A vCPU cannot go on.
+    TripleFault { vcpu: u32 },
+    /// KVM cannot go on.
+    Kvm { vcpu: u32, what: String },
+    /// The user ended the machine from its console.
+    Escape,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The guest turned itself off.
+    PowerOff,
+    /// The guest wants to start again: build another machine.
+    Reset,
+    /// The guest's kernel panicked, and said so.
+    Panicked,
+    /// A vCPU met a fault while it handled a fault while it handled a fault.
+    TripleFault {
+        /// Which.
+        vcpu: u32,
+    },
+    /// KVM cannot run it any further.
+    Failed {
+        /// Which vCPU met it.
+        vcpu: u32,
+        /// What KVM says.
+        what: String,
+    },
+    /// We were told to end it.
+    Stopped,
+}
+
+/// Asks a machine to end; any thread may hold one.
+#[derive(Clone)]
+pub struct Remote {
+    requests: Sender<Request>,
+}
+
+/// What a machine can be asked for.
+#[derive(Clone, Copy, Debug)]
+enum Request {
+    Shutdown,
+    Kill,
+}
+
+impl Remote {
+    /// Presses the power button; if the guest is not off within the configured time, the machine ends all the same.
+    pub fn shutdown(&self) {
+        // A machine that ended needs no more.
+        let _ = self.requests.send(Request::Shutdown);
+    }
+
+    /// Ends the machine at once.
+    pub fn kill(&self) {
+        let _ = self.requests.send(Request::Kill);
+    }
+}
+
+/// A machine that runs.
+pub struct Machine {
+    // In this order they are dropped: vCPUs, what they reach, the machine, its memory.
+    vcpus: Vec<RunningVcpu>,
+    devices: Option<Arc<Devices>>,
+    console: Option<Console>,
+    button: EventFd,
+    _vm: VmFd,
+    _memory: GuestMemory,
+    events: Receiver<Event>,
+    requests: Receiver<Request>,
+    remote: Remote,
+    shutdown_timeout: Duration,
+}
+
+impl Machine {
+    /// Builds the machine and starts its vCPUs. The calling thread is confined to the emulator's cores, and so is every
+    /// thread that it starts.
+    ///
+    /// # Errors
+    /// What could not be had; nothing is left behind.
+    pub fn start(config: &Config, preflight: Preflight) -> Result<Self, StartError> {
+        let kvm = |doing| move |source| StartError::Kvm { doing, source };
+        if let Some(cores) = &config.emulator_cores {
+            host::thread::confine(&CoreSet::from_iter(cores.iter().copied()))?;
+        }
+        for exit in preflight.refused_exits() {
+            tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
+        }
+        let memory = GuestMemory::new(config)?;
+        let vm = preflight.kvm.create_vm().map_err(kvm("create a machine"))?;
+        prepare(&vm, config, &preflight)?;
+        memory.attach(&vm)?;
+
+        let choices = Choices { pmu: config.pmu, dedicated: config.hint_dedicated };
+        let model = Model::of_host(&preflight.kvm, config.topology, choices)
+            .map_err(kvm("say what its vCPUs can do"))?;
+        let entry = preflight.kernel.load(&memory, preflight.initramfs.as_ref(), &config.cmdline)?;
+        registers::write_descriptors(&memory, entry)?;
+        let numbers = 0..config.topology.vcpus();
+        let serial = config.serial != SerialTo::Off;
+        let tables = acpi::Machine {
+            apic_ids: numbers.clone().map(|n| config.topology.apic_id(n)).collect(),
+            address_bits: model.address_bits(),
+            serial,
+        };
+        acpi::write(&memory, &tables)?;
+
+        let (event_sender, events) = unbounded();
+        let (request_sender, requests) = unbounded();
+        let line = |gsi| -> Result<EventFd, StartError> {
+            let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Thread)?;
+            vm.register_irqfd(&line, gsi).map_err(kvm("wire an interrupt"))?;
+            Ok(line)
+        };
+        let button = line(layout::EVENT_IRQ)?;
+        let (mut console, port) = match Console::open(&config.serial).map_err(StartError::Console)? {
+            Some((console, output)) => {
+                let port = SerialPort::new(line(layout::SERIAL_IRQ)?, output);
+                (Some(console), Some(Arc::new(Mutex::new(port))))
+            }
+            None => (None, None),
+        };
+        if let (Some(console), Some(port), SerialTo::Stdio) = (&mut console, &port, &config.serial) {
+            console.listen(port.clone(), event_sender.clone()).map_err(StartError::Console)?;
+        }
+        let devices = Arc::new(Devices::new(port, PciBus::new()));
+
+        let mut machine = Self {
+            vcpus: Vec::new(),
+            devices: Some(devices.clone()),
+            console,
+            button,
+            _vm: vm,
+            _memory: memory,
+            events,
+            requests,
+            remote: Remote { requests: request_sender },
+            shutdown_timeout: config.shutdown_timeout,
+        };
+        // Every vCPU exists before the first one runs: the first one looks for the others. `gate` is closed by its drop.
+        let (gate, closed) = bounded::<()>(0);
+        for number in numbers {
+            let fd = machine._vm.create_vcpu(config.topology.apic_id(number).into());
+            let fd = fd.map_err(kvm("create a vCPU"))?;
+            let cpuid = model.of_vcpu(number).map_err(|_| StartError::Kvm {
+                doing: "describe a vCPU",
+                source: kvm_ioctls::Error::new(libc::E2BIG),
+            })?;
+            fd.set_cpuid2(&cpuid).map_err(kvm("describe a vCPU"))?;
+            registers::set_model_specific(&fd).map_err(kvm("set a vCPU's registers"))?;
+            if number == 0 {
+                registers::set_entry(&fd, entry).map_err(kvm("set a vCPU's registers"))?;
+            }
+            let core = config.vcpu_cores.as_ref().and_then(|cores| cores.get(number as usize).copied());
+            let scheduling = Scheduling { core, priority: config.vcpu_priority };
+            let vcpu = Vcpu { number, fd, devices: devices.clone(), events: event_sender.clone() };
+            machine.vcpus.push(vcpu.start(scheduling, closed.clone())?);
+        }
+        drop(gate);
+        Ok(machine)
+    }
+
+    /// What others ask this machine with.
+    pub fn remote(&self) -> Remote {
+        self.remote.clone()
+    }
+
+    /// Exits of all vCPUs by reason, those that happened.
+    pub fn exits(&self) -> Vec<(ExitReason, u64)> {
+        let counters: Vec<&Arc<ExitCounters>> = self.vcpus.iter().map(RunningVcpu::exits).collect();
+        let sum = |reason| counters.iter().map(|of| of.get(reason)).sum::<u64>();
+        ExitReason::ALL.iter().map(|reason| (*reason, sum(*reason))).filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Waits until the machine ends, and stops its vCPUs.
+    pub fn wait(&mut self) -> Ended {
+        let ended = self.wait_for_end();
+        stop_all(&mut self.vcpus);
+        ended
+    }
+
+    fn wait_for_end(&self) -> Ended {
+        let mut deadline: Option<Instant> = None;
+        loop {
+            let patience = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+            let timeout = match deadline {
+                Some(_) => crossbeam::channel::after(patience),
+                None => crossbeam::channel::never(),
+            };
+            crossbeam::select! {
+                recv(self.events) -> event => return match event {
+                    Ok(Event::PowerOff) => Ended::PowerOff,
+                    // Asked to shut down, it is not to start again.
+                    Ok(Event::Reset) if deadline.is_some() => Ended::Stopped,
+                    Ok(Event::Reset) => Ended::Reset,
+                    Ok(Event::Panicked) => Ended::Panicked,
+                    Ok(Event::TripleFault { vcpu }) => Ended::TripleFault { vcpu },
+                    Ok(Event::Kvm { vcpu, what }) => Ended::Failed { vcpu, what },
+                    Ok(Event::Escape) | Err(_) => Ended::Stopped,
+                },
+                recv(self.requests) -> request => match request {
+                    Ok(Request::Shutdown) if deadline.is_none() => {
+                        tracing::info!("pressing the power button, waiting {:?}", self.shutdown_timeout);
+                        let _ = self.button.write(1);
+                        deadline = Instant::now().checked_add(self.shutdown_timeout);
+                    }
+                    Ok(Request::Shutdown) => {}
+                    Ok(Request::Kill) | Err(_) => return Ended::Stopped,
+                },
+                recv(timeout) -> _ => {
+                    tracing::warn!("the guest is not off after {:?}: ending it", self.shutdown_timeout);
+                    return Ended::Stopped;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        stop_all(&mut self.vcpus);
+        self.vcpus.clear();
+        // With the devices goes the serial port, and with it the console's queue.
+        self.devices = None;
+        if let Some(console) = self.console.take() {
+            console.close();
+        }
+    }
+}
+
+/// What has to be said before the first vCPU exists.
+fn prepare(vm: &VmFd, config: &Config, preflight: &Preflight) -> Result<(), StartError> {
+    let kvm = |doing| move |source| StartError::Kvm { doing, source };
+    let enable = |cap: u32, argument: u64| {
+        let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
+        vm.enable_cap(&cap)
+    };
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(kvm("place its task segment"))?;
+    let exits = config.disable_exits.iter().filter(|exit| !preflight.refused_exits().contains(exit));
+    let exits = exits.fold(0, |bits, exit| bits | bit(*exit));
+    if exits != 0 {
+        enable(KVM_CAP_X86_DISABLE_EXITS, exits.into()).map_err(kvm("disable exits"))?;
+    }
+    if let Some(poll) = config.halt_poll {
+        let nanoseconds = u64::try_from(poll.as_nanos()).unwrap_or(u64::MAX);
+        enable(KVM_CAP_HALT_POLL, nanoseconds).map_err(kvm("set `halt_poll_us`"))?;
+    }
+    // A kernel that cannot leave them out altogether still has them left out of cpuid.
+    if !config.pmu && enable(KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE.into()).is_err() {
+        tracing::debug!("KVM here cannot disable performance counters; the guest is not told of them");
+    }
+    vm.create_irq_chip().map_err(kvm("create interrupt controllers"))
+}

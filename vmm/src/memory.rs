@@ -1,0 +1,163 @@
+//! A guest's memory: files that other processes can share, where the guest sees them, and the way to write a kernel into it.
+//!
+//! Owns the files and their place in the guest's address space. Every page is present (and locked, if asked) before the
+//! guest starts: no access fails later for want of memory. Never hands out references to the bytes: the guest changes them.
+
+use std::ops::Range;
+
+use host::memory::{MemoryError, Pages, SharedMemory};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::config::{Config, PageSize};
+use crate::layout;
+
+/// Why a guest has no memory.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestMemoryError {
+    /// The host has too little of it, or does not permit it.
+    #[error("the guest's memory: {0}")]
+    Host(#[from] MemoryError),
+    /// KVM does not take it.
+    #[error("KVM refuses {} MiB of guest memory at {start:#x}: {source}", .len >> 20)]
+    Kvm {
+        /// Guest-physical.
+        start: u64,
+        /// Bytes.
+        len: u64,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// Something is to be put where there is no memory.
+    #[error("{what}: {len} bytes at {address:#x} are not in the guest's {} MiB of memory; give it more `memory`", .memory >> 20)]
+    Outside {
+        /// What.
+        what: &'static str,
+        /// Guest-physical.
+        address: u64,
+        /// Bytes.
+        len: usize,
+        /// Bytes of memory.
+        memory: u64,
+    },
+}
+
+/// A piece of guest memory that is contiguous for the guest and in its file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// Guest-physical addresses.
+    pub guest: Range<u64>,
+    /// Where it begins in the file.
+    pub file_offset: u64,
+    /// Where it begins in this process.
+    pub host: u64,
+}
+
+/// The memory of one guest.
+pub struct GuestMemory {
+    // Before `backing`: it points there.
+    view: GuestMemoryMmap,
+    regions: Vec<MemoryRegion>,
+    backing: SharedMemory,
+    len: u64,
+}
+
+impl GuestMemory {
+    /// Memory as `config` has it, all present.
+    ///
+    /// # Errors
+    /// The host has too little, with figures, or does not permit to lock it.
+    pub fn new(config: &Config) -> Result<Self, GuestMemoryError> {
+        let pages = match config.pages {
+            PageSize::Auto => Pages::Auto,
+            PageSize::Ordinary => Pages::Ordinary,
+            PageSize::Huge2M => Pages::Huge2M,
+            PageSize::Huge1G => Pages::Huge1G,
+        };
+        let len = usize::try_from(config.memory).map_err(|_| MemoryError::Size(usize::MAX))?;
+        let backing = SharedMemory::new(len, pages, config.node)?;
+        if config.lock_memory {
+            backing.lock()?;
+        }
+        let host = |file_offset: u64| backing.as_ptr() as u64 + file_offset;
+        let regions: Vec<_> = layout::ram(config.memory)
+            .into_iter()
+            .map(|(guest, file_offset)| MemoryRegion { guest, file_offset, host: host(file_offset) })
+            .collect();
+        let mapped = regions.iter().map(map).collect::<Option<Vec<_>>>();
+        let view = mapped.and_then(|regions| GuestMemoryMmap::from_regions(regions).ok());
+        let view = view.ok_or(MemoryError::Size(len))?;
+        Ok(Self { view, regions, backing, len: config.memory })
+    }
+
+    /// Gives the memory to a virtual machine: from here on the guest has it.
+    ///
+    /// # Errors
+    /// KVM refuses it.
+    pub fn attach(&self, vm: &VmFd) -> Result<(), GuestMemoryError> {
+        for (slot, region) in (0..).zip(&self.regions) {
+            let (start, len) = (region.guest.start, region.guest.end - region.guest.start);
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: start,
+                memory_size: len,
+                userspace_addr: region.host,
+            };
+            // SAFETY: the range is mapped as long as `self` lives, and whoever owns the machine keeps `self` longer.
+            unsafe { vm.set_user_memory_region(slot) }.map_err(|source| GuestMemoryError::Kvm {
+                start,
+                len,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` at a guest-physical address. `what` is named if they do not fit.
+    ///
+    /// # Errors
+    /// They do not fit.
+    pub fn write(&self, what: &'static str, address: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
+        let outside = |_| GuestMemoryError::Outside { what, address, len: bytes.len(), memory: self.len };
+        self.view.write_slice(bytes, GuestAddress(address)).map_err(outside)
+    }
+
+    /// The memory as rust-vmm's crates want to see it.
+    pub fn view(&self) -> &GuestMemoryMmap {
+        &self.view
+    }
+
+    /// Bytes of memory.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Never.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The first address above the memory below 4 GiB.
+    pub fn low_end(&self) -> u64 {
+        self.regions.first().map_or(0, |region| region.guest.end)
+    }
+
+    /// What it is made of.
+    pub fn pages(&self) -> Pages {
+        self.backing.pages()
+    }
+}
+
+/// A view of a region; the mapping stays with its owner.
+fn map(region: &MemoryRegion) -> Option<GuestRegionMmap> {
+    let len = usize::try_from(region.guest.end - region.guest.start).ok()?;
+    let builder = MmapRegionBuilder::new(len)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+    // SAFETY: the range is mapped by the `SharedMemory` that lives beside the view and is dropped after it.
+    let mapped: MmapRegion = unsafe { builder.with_raw_mmap_pointer(region.host as *mut u8) }.build().ok()?;
+    GuestRegionMmap::new(mapped, GuestAddress(region.guest.start))
+}

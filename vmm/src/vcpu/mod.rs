@@ -1,0 +1,199 @@
+//! One vCPU: its state at the start, its thread, and what happens when it leaves the guest.
+//!
+//! Owns the thread and the exit loop. Hands every access to [`Devices`]; never knows what a device does, never decides what
+//! an end means: it reports it and stops.
+
+pub(crate) mod cpuid;
+pub(crate) mod exits;
+pub(crate) mod registers;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, bounded};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::device::{Devices, Outcome};
+use crate::machine::{Event, StartError};
+use exits::{ExitCounters, ExitReason};
+
+/// Calls a vCPU out of the guest; its handler does nothing.
+fn kick() -> i32 {
+    SIGRTMIN()
+}
+
+/// Where and how a vCPU's thread runs.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Scheduling {
+    pub(crate) core: Option<u32>,
+    pub(crate) priority: Option<u8>,
+}
+
+/// A vCPU that runs.
+pub(crate) struct RunningVcpu {
+    thread: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    exits: Arc<ExitCounters>,
+}
+
+/// A vCPU that is ready to run.
+pub(crate) struct Vcpu {
+    pub(crate) number: u32,
+    pub(crate) fd: VcpuFd,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) events: Sender<Event>,
+}
+
+/// Whether the loop goes on.
+enum Next {
+    Again,
+    Report(Event),
+}
+
+impl Vcpu {
+    /// Starts the thread, pins it and makes it real time as asked; then it waits at `gate` until that is closed, so that
+    /// no guest runs before all its threads are where they belong.
+    ///
+    /// # Errors
+    /// The thread may not be where it is to be.
+    pub(crate) fn start(
+        self,
+        scheduling: Scheduling,
+        gate: crossbeam::channel::Receiver<()>,
+    ) -> Result<RunningVcpu, StartError> {
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(kick(), nothing).map_err(|error| StartError::Thread(error.into()))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let exits = Arc::new(ExitCounters::default());
+        let (ready, is_ready) = bounded(1);
+        let (stopping, counters) = (stop.clone(), exits.clone());
+        let thread = std::thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || {
+            let arranged = arrange(scheduling);
+            let failed = arranged.is_err();
+            if ready.send(arranged).is_err() || failed {
+                return;
+            }
+            let _ = gate.recv();
+            self.run(&stopping, &counters);
+        });
+        let thread = thread.map_err(StartError::Thread)?;
+        is_ready.recv().unwrap_or_else(|_| Err(StartError::Thread(std::io::ErrorKind::Other.into())))?;
+        Ok(RunningVcpu { thread: Some(thread), stop, exits })
+    }
+
+    /// Runs the guest until it ends or `stop` is set.
+    fn run(mut self, stop: &AtomicBool, counters: &ExitCounters) {
+        while !stop.load(Ordering::Acquire) {
+            if let Next::Report(event) = self.enter(counters) {
+                // Nobody listens any more: the machine is being taken apart.
+                let _ = self.events.send(event);
+                return;
+            }
+        }
+    }
+
+    /// Enters the guest once and handles what it leaves for.
+    fn enter(&mut self, counters: &ExitCounters) -> Next {
+        let number = self.number;
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                counters.count(ExitReason::Interrupted);
+                return Next::Again;
+            }
+            Err(error) => {
+                return Next::Report(Event::Kvm { vcpu: number, what: format!("KVM_RUN: {error}") });
+            }
+        };
+        let (reason, next) = match exit {
+            VcpuExit::IoIn(port, data) => {
+                self.devices.port_read(port, data);
+                (ExitReason::PortRead, Next::Again)
+            }
+            VcpuExit::IoOut(port, data) => {
+                (ExitReason::PortWrite, outcome(self.devices.port_write(port, data)))
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.devices.mmio_read(address, data);
+                (ExitReason::MmioRead, Next::Again)
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.devices.mmio_write(address, data);
+                (ExitReason::MmioWrite, Next::Again)
+            }
+            VcpuExit::Hlt => (ExitReason::Halt, Next::Again),
+            VcpuExit::Intr => (ExitReason::Interrupted, Next::Again),
+            VcpuExit::Shutdown => (ExitReason::Shutdown, Next::Report(Event::TripleFault { vcpu: number })),
+            VcpuExit::SystemEvent(kind, _) => {
+                let event = match kind {
+                    kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => Event::PowerOff,
+                    kvm_bindings::KVM_SYSTEM_EVENT_RESET => Event::Reset,
+                    kvm_bindings::KVM_SYSTEM_EVENT_CRASH => Event::Panicked,
+                    other => Event::Kvm { vcpu: number, what: format!("system event {other}") },
+                };
+                (ExitReason::SystemEvent, Next::Report(event))
+            }
+            VcpuExit::FailEntry(why, _) => {
+                let what = format!("the processor refuses to enter the guest (reason {why:#x})");
+                (ExitReason::Other, Next::Report(Event::Kvm { vcpu: number, what }))
+            }
+            other => {
+                let what = format!("{other:?}");
+                (ExitReason::Other, Next::Report(Event::Kvm { vcpu: number, what }))
+            }
+        };
+        counters.count(reason);
+        next
+    }
+}
+
+fn outcome(outcome: Outcome) -> Next {
+    match outcome {
+        Outcome::Done => Next::Again,
+        Outcome::PowerOff => Next::Report(Event::PowerOff),
+        Outcome::Reset => Next::Report(Event::Reset),
+        Outcome::Panicked => Next::Report(Event::Panicked),
+    }
+}
+
+/// Puts the calling thread where it belongs.
+fn arrange(scheduling: Scheduling) -> Result<(), StartError> {
+    if let Some(core) = scheduling.core {
+        host::thread::pin(core)?;
+    }
+    if let Some(priority) = scheduling.priority {
+        host::thread::run_real_time(priority)?;
+    }
+    Ok(())
+}
+
+impl RunningVcpu {
+    /// Its exit counters.
+    pub(crate) fn exits(&self) -> &Arc<ExitCounters> {
+        &self.exits
+    }
+
+    /// Tells it to stop; it may still be in the guest.
+    fn tell(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// Waits until it is out of the guest. The signal may come just before the guest is entered, and is repeated then.
+    fn wait(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        while !thread.is_finished() {
+            let _ = thread.kill(kick());
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        let _ = thread.join();
+    }
+}
+
+/// Ends all of them.
+pub(crate) fn stop_all(vcpus: &mut [RunningVcpu]) {
+    vcpus.iter().for_each(RunningVcpu::tell);
+    vcpus.iter_mut().for_each(RunningVcpu::wait);
+}

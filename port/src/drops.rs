@@ -69,6 +69,8 @@ reasons! {
     CannotFinish = "cannot_finish",
     /// The network device behind the port would not take the frame.
     DeviceRefused = "device_refused",
+    /// The network card received it with an error: a bad checksum of the wire (FCS), a damaged symbol.
+    Damaged = "damaged",
 }
 
 #[cfg(test)]

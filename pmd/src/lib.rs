@@ -1,4 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod access;
+pub mod dma;
 pub mod kernel;
 pub mod virtio_user;

@@ -3,4 +3,5 @@
 pub mod access;
 pub mod dma;
 pub mod kernel;
+pub mod qtest;
 pub mod virtio_user;

@@ -1,0 +1,131 @@
+//! Descriptors of the 82574L: extended receive descriptors (datasheet 7.1), extended data and context descriptors for
+//! transmission (datasheet 7.2). All are 16 bytes, two little-endian words.
+//!
+//! What the device writes is read in one load, and only that copy is judged.
+
+/// A descriptor as both sides see it. Accessed with volatile loads and stores only.
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+pub(super) struct Descriptor(pub(super) [u64; 2]);
+
+/// Bytes of one.
+pub(super) const BYTES: usize = 16;
+
+const _: () = assert!(size_of::<Descriptor>() == BYTES);
+
+/// The second word of a receive descriptor as the device has written it: status and errors, length, VLAN tag.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Received(pub(super) u64);
+
+impl Received {
+    /// The descriptor is done. Bit 0 of the status.
+    const DD: u64 = 1 << 0;
+    /// The frame ends here.
+    const EOP: u64 = 1 << 1;
+    /// Checksums were not looked at.
+    const IXSM: u64 = 1 << 2;
+    /// A VLAN tag was taken off.
+    const VP: u64 = 1 << 3;
+    /// The UDP checksum was calculated.
+    const UDPCS: u64 = 1 << 4;
+    /// The TCP (or UDP) checksum was calculated.
+    const TCPCS: u64 = 1 << 5;
+    /// Errors that make a frame no frame: CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data
+    /// (RXE).
+    const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
+    /// TCP or UDP checksum.
+    const TCPE: u64 = 1 << 29;
+    /// IP checksum.
+    const IPE: u64 = 1 << 30;
+
+    /// Status bits of a whole frame in one descriptor, without errors.
+    pub(super) const WHOLE: u64 = Self::DD | Self::EOP;
+    /// The bits to look at for that.
+    pub(super) const WHOLE_MASK: u64 = Self::WHOLE | Self::DAMAGED | Self::TCPE | Self::IPE;
+
+    #[inline(always)]
+    pub(super) fn done(self) -> bool {
+        self.0 & Self::DD != 0
+    }
+
+    #[inline(always)]
+    pub(super) fn ends(self) -> bool {
+        self.0 & Self::EOP != 0
+    }
+
+    /// Bytes in this descriptor's buffer, as the device claims.
+    #[inline(always)]
+    pub(super) fn len(self) -> u32 {
+        u32::from((self.0 >> 32) as u16)
+    }
+
+    /// The tag that was taken off.
+    #[inline(always)]
+    pub(super) fn tag(self) -> Option<u16> {
+        (self.0 & Self::VP != 0).then_some((self.0 >> 48) as u16)
+    }
+
+    #[inline(always)]
+    pub(super) fn damaged(self) -> bool {
+        self.0 & Self::DAMAGED != 0
+    }
+
+    /// The error bits (CE, SE, SEQ, -, CXE, TCPE, IPE, RXE), from bit 0.
+    pub(super) fn errors(self) -> u8 {
+        (self.0 >> 24) as u8
+    }
+
+    /// Whether the device found the checksum of TCP or UDP right.
+    #[inline(always)]
+    pub(super) fn checksum_good(self) -> bool {
+        self.0 & (Self::IXSM | Self::TCPE | Self::IPE) == 0 && self.0 & (Self::TCPCS | Self::UDPCS) != 0
+    }
+}
+
+/// The second word of a data descriptor for `len` bytes (datasheet 7.2.10: DTYP 1, DEXT).
+#[inline(always)]
+pub(super) fn data(len: u32, flags: u64) -> u64 {
+    u64::from(len) | 1 << 20 | 1 << 29 | flags
+}
+
+/// In a data descriptor: the frame ends here, and the device adds the FCS (EOP, IFCS).
+pub(super) const LAST: u64 = 1 << 24 | 1 << 25;
+/// Report status: the device sets [`SENT`] when it is done with this descriptor and those before.
+pub(super) const REPORT: u64 = 1 << 27;
+/// Insert the VLAN tag of [`tag`] (VLE).
+pub(super) const INSERT_TAG: u64 = 1 << 30;
+/// Calculate the TCP or UDP checksum as the context says (POPTS.TXSM).
+pub(super) const CHECKSUM: u64 = 1 << 41;
+/// Descriptor done (STA.DD).
+pub(super) const SENT: u64 = 1 << 32;
+
+/// The tag to insert.
+#[inline(always)]
+pub(super) fn tag(tci: u16) -> u64 {
+    u64::from(tci) << 48 | INSERT_TAG
+}
+
+/// A context descriptor (datasheet 7.2.11): a checksum over everything from `start` goes to `at`, both from the frame's first
+/// byte.
+pub(super) fn context(start: u8, at: u8) -> [u64; 2] {
+    // TUCSE 0: to the end of the frame. The TCP bit only matters for segmentation.
+    [u64::from(start) << 32 | u64::from(at) << 40, 1 << 29]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_written_descriptor_tells_length_tag_and_what_is_wrong() {
+        let d = Received(0x0123_05dc_2000_002b);
+        assert_eq!((d.done(), d.ends(), d.len(), d.tag()), (true, true, 1500, Some(0x123)));
+        assert!(!d.damaged() && !d.checksum_good() && d.errors() == 0x20, "TCPE");
+        let good = Received(0x0123_05dc_0000_0023);
+        assert!(good.checksum_good() && good.tag().is_none());
+        assert!(!Received(0x0123_05dc_0000_0027).checksum_good(), "IXSM");
+        for bit in [0, 1, 2, 4, 7] {
+            assert!(Received(1 << (24 + bit)).damaged());
+        }
+    }
+}

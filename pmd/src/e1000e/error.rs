@@ -1,0 +1,32 @@
+//! Why a device cannot be used, or not any more.
+
+use crate::access::{AccessError, WaitError};
+use crate::dma::ArenaError;
+
+/// What went wrong with a device.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum DeviceError {
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    #[error("PCI device {vendor:04x}:{device:04x} is not an 82574L (8086:10d3)")]
+    Unknown { vendor: u16, device: u16 },
+    #[error("the arena is mapped for other devices: make one with this device's IOVA space")]
+    OtherSpace,
+    #[error("a ring of {0} descriptors: give a power of two, 64 to 4096")]
+    RingSize(u32),
+    #[error("an MTU of {0}: the 82574L has 68 to 9000")]
+    Mtu(u32),
+    #[error("the device is gone: its registers read all ones (removed, or powered down)")]
+    Gone,
+    #[error(
+        "receive descriptor {descriptor}: {what}; the device does not keep to its datasheet, and was stopped"
+    )]
+    Broken { descriptor: u32, what: String },
+    #[error("the port is down: {0}")]
+    Down(String),
+}

@@ -1,0 +1,82 @@
+//! Which frames the device takes (datasheet 7.1.1, packet address filtering).
+
+use super::E1000e;
+use super::regs::{MTA, RAH, RAL, RCTL};
+use crate::access::PciDevice;
+
+/// An Ethernet address.
+pub type Mac = [u8; 6];
+
+/// Addresses that the device compares with exactly; the first is its own.
+const EXACT: usize = 16;
+
+/// Which frames are taken, besides broadcasts and those to the device's own address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Every frame.
+    pub promiscuous: bool,
+    /// Every multicast frame.
+    pub all_multicast: bool,
+    /// Further addresses. More than 15 make the device take all.
+    pub unicast: Vec<Mac>,
+    /// Groups. The device compares hashes of 12 bits: others with the same hash are taken too.
+    pub multicast: Vec<Mac>,
+}
+
+impl<D: PciDevice> E1000e<D> {
+    /// Changes the device's own address.
+    pub fn set_mac(&mut self, mac: Mac) {
+        self.set_exact(0, Some(mac));
+    }
+
+    /// Changes which frames are taken.
+    pub fn set_filter(&mut self, filter: &Filter) {
+        let regs = self.core.regs();
+        let mut table = [0u32; 128];
+        for mac in &filter.multicast {
+            let (word, bit) = hash(mac);
+            if let Some(word) = table.get_mut(word) {
+                *word |= 1 << bit;
+            }
+        }
+        for (word, bits) in (0..).zip(table) {
+            regs.write_number(MTA(word), bits);
+        }
+        let mut addresses = filter.unicast.iter().copied();
+        for i in 1..EXACT as u32 {
+            self.set_exact(i, addresses.next());
+        }
+        let all = filter.promiscuous || addresses.next().is_some();
+        let set = |on: bool, bits| if on { regs.set(RCTL, bits) } else { regs.clear(RCTL, bits) };
+        set(all, RCTL::UPE);
+        set(filter.promiscuous || filter.all_multicast, RCTL::MPE);
+    }
+
+    /// Receive address `i` (datasheet 10.2.5.19): the high half first is cleared and last is written, so that no half address is
+    /// ever valid.
+    fn set_exact(&self, i: u32, mac: Option<Mac>) {
+        let regs = self.core.regs();
+        regs.write_number(RAH(i), 0);
+        let Some([a, b, c, d, e, f]) = mac else { return };
+        regs.write_number(RAL(i), u32::from_le_bytes([a, b, c, d]));
+        regs.write(RAH(i), RAH::AV | RAH::HIGH.is(u16::from_le_bytes([e, f]).into()));
+    }
+}
+
+/// Word and bit of the multicast table for an address: bits 47:36, as RCTL.MO is 0 (datasheet 7.1.1.1.2).
+fn hash(mac: &Mac) -> (usize, u32) {
+    let [.., e, f] = *mac;
+    let hash = u32::from(e) >> 4 | u32::from(f) << 4;
+    ((hash >> 5) as usize, hash & 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_of_a_group_is_the_top_twelve_bits_of_its_address() {
+        assert_eq!(hash(&[0x01, 0, 0x5e, 0, 0, 0xfb]), (0xfb0 >> 5, 0xfb0 & 31));
+        assert_eq!(hash(&[0x33, 0x33, 0, 0, 0xab, 0xcd]), (0xcda >> 5, 0xcda & 31));
+    }
+}

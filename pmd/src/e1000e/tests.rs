@@ -1,0 +1,352 @@
+//! The driver against a device that hangs, lies and disappears.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use host::memory::Pages;
+use port::{Burst, BurstBuffer, DropReason, Frame, FrameSet, Release, RxQueue, Scratch, TagEdit, TxQueue};
+use proptest::prelude::*;
+
+use super::standin::{
+    COMMAND, CTRL, EEC, Identity, MASTER, RCTL, RDT, RX_RING, STATUS, Standin, TCTL, TDT, TX_RING,
+};
+use super::*;
+use crate::dma::{ArenaOptions, BUFFER};
+
+const BUFFERS: u32 = 400;
+
+struct World {
+    card: Arc<Standin>,
+    receive: Receive<Standin>,
+    transmit: Transmit<Standin>,
+    device: E1000e<Standin>,
+    arena: Arc<Arena>,
+}
+
+fn space_and_arena() -> (Arc<Identity>, Arc<Arena>) {
+    let space = Arc::new(Identity::default());
+    let options = ArenaOptions { rings: 64 << 10, buffers: BUFFERS, pages: Pages::Ordinary, node: None };
+    let arena = Arena::new(options, space.clone()).unwrap();
+    (space, arena)
+}
+
+fn options() -> Options {
+    Options { receive_ring: 64, transmit_ring: 64, spare: 8, mtu: 9000, ..Options::default() }
+}
+
+impl World {
+    fn new() -> Self {
+        let (space, arena) = space_and_arena();
+        Self::at(&space, arena)
+    }
+
+    fn at(space: &Arc<Identity>, arena: Arc<Arena>) -> Self {
+        let card = Standin::new(space);
+        let (device, receive, transmit) = E1000e::open(card.clone(), &arena, options()).unwrap();
+        Self { card, receive, transmit, device, arena }
+    }
+
+    /// The device writes back receive descriptor `at`: status and errors, and a length.
+    fn received(&self, at: u32, status: u32, len: u16) {
+        self.card.write_back(RX_RING, at, u64::from(status) | u64::from(len) << 32);
+    }
+
+    /// What a poll yields: lengths.
+    fn poll(&mut self) -> Vec<u32> {
+        let mut buffer = BurstBuffer::default();
+        self.receive.poll(&mut buffer).frames().iter().map(|f| f.len).collect()
+    }
+
+    fn why_down(&mut self) -> String {
+        self.device.link().unwrap_err().to_string()
+    }
+
+    /// Whether every buffer is home once both queues are gone.
+    fn all_home(self) -> bool {
+        let Self { receive, transmit, device, arena, .. } = self;
+        drop((receive, transmit, device));
+        Pool::new(&arena, BUFFERS).is_ok()
+    }
+}
+
+const DONE: u32 = 1;
+const WHOLE: u32 = 3;
+
+/// Frames that lie in ordinary memory, as a guest's do.
+struct Lent(Vec<Vec<u8>>);
+impl Release for Lent {
+    fn release(&mut self) {}
+    fn dropped(&mut self, _: FrameSet, _: DropReason) {}
+}
+impl Lent {
+    fn send<D: PciDevice>(&mut self, to: &mut Transmit<D>) {
+        let mut buffer = BurstBuffer::default();
+        for (i, bytes) in self.0.iter().enumerate() {
+            let len = bytes.len() as u32;
+            let n = bytes.len().min(64);
+            buffer.heads[i].0[..n].copy_from_slice(&bytes[..n]);
+            buffer.frames[i] = Frame { ptr: bytes.as_ptr(), first_len: len, len, ..Frame::EMPTY };
+        }
+        let n = self.0.len();
+        let burst = Burst::new(self, &buffer, n);
+        to.send(&burst, burst.all(), TagEdit::Keep, &mut Scratch::default());
+        to.notify();
+    }
+}
+
+#[test]
+fn each_wait_of_the_start_ends_with_register_wanted_and_got() {
+    for (register, bits, value, text) in [
+        (STATUS, 1 << 19, 1 << 19, "STATUS.GIO_MASTER_ENABLE: wanted 0x0, read 0x80000 for 100ms"),
+        (CTRL, 1 << 26, 1 << 26, "CTRL.RST: wanted 0x0, read 0x4000000 for 100ms"),
+        (EEC, 1 << 9, 0, "EEC.AUTO_RD: wanted 0x200, read 0x0 for 100ms"),
+    ] {
+        let (space, arena) = space_and_arena();
+        let card = Standin::new(&space);
+        card.stuck.lock().unwrap().push((register, bits, value));
+        let error = E1000e::open(card.clone(), &arena, options()).err().unwrap();
+        assert_eq!(error.to_string(), text);
+        assert_eq!(card.config[COMMAND].load(Ordering::Relaxed) & MASTER, 0, "bus mastering stays off");
+        assert!(Pool::new(&arena, BUFFERS).is_ok(), "all buffers are home");
+    }
+}
+
+#[test]
+fn waiting_for_a_link_that_never_comes_ends() {
+    let mut world = World::new();
+    world.card.stuck.lock().unwrap().push((STATUS, 2, 0));
+    let error = world.device.wait_for_link(Duration::from_secs(9)).unwrap_err();
+    assert_eq!(error.to_string(), "STATUS.LU: wanted 0x2, read 0x0 for 9s");
+    assert!(!world.device.link().unwrap().up);
+}
+
+#[test]
+fn a_device_whose_requests_never_end_is_stopped_all_the_same() {
+    let world = World::new();
+    world.card.stuck.lock().unwrap().push((STATUS, 1 << 19, 1 << 19));
+    let card = world.card.clone();
+    drop(world);
+    assert_eq!(card.config[COMMAND].load(Ordering::Relaxed) & MASTER, 0);
+}
+
+#[test]
+fn a_device_is_stopped_before_its_memory_is_unmapped_whatever_is_dropped_first() {
+    for order in 0..4 {
+        let (space, arena) = space_and_arena();
+        let World { card, receive, transmit, device, arena } = World::at(&space, arena);
+        assert_eq!(card.config[COMMAND].load(Ordering::Relaxed) & MASTER, MASTER);
+        let quiet = move || {
+            card.register(RCTL) & 2 == 0
+                && card.register(TCTL) & 2 == 0
+                && card.config[COMMAND].load(Ordering::Relaxed) & MASTER == 0
+        };
+        assert!(!quiet());
+        *space.quiet.lock().unwrap() = Some(Box::new(quiet));
+        match order {
+            0 => drop((arena, receive, transmit, device)),
+            1 => drop((device, transmit, receive, arena)),
+            2 => drop((transmit, arena, device, receive)),
+            _ => drop((receive, device, arena, transmit)),
+        }
+        assert_eq!(*space.answers.lock().unwrap(), [true], "order {order}");
+    }
+}
+
+#[test]
+fn what_cannot_be_driven_is_refused_with_the_reason() {
+    let (space, arena) = space_and_arena();
+    let card = Standin::new(&space);
+    let open = |card: &Arc<Standin>, arena, options| {
+        E1000e::open(card.clone(), arena, options).err().unwrap().to_string()
+    };
+    assert!(
+        open(&card, &arena, Options { receive_ring: 100, ..options() })
+            .starts_with("a ring of 100 descriptors")
+    );
+    assert!(open(&card, &arena, Options { mtu: 9001, ..options() }).starts_with("an MTU of 9001"));
+    let (_, others) = space_and_arena();
+    assert!(open(&card, &others, options()).starts_with("the arena is mapped for other devices"));
+    card.config[0].store(0x100e_8086, Ordering::Relaxed);
+    assert!(open(&card, &arena, options()).starts_with("PCI device 8086:100e is not an 82574L"));
+    card.gone.store(true, Ordering::Relaxed);
+    assert!(open(&card, &arena, options()).starts_with("the device is gone"));
+}
+
+#[test]
+fn a_device_that_reads_all_ones_is_gone_and_the_port_down() {
+    let mut world = World::new();
+    world.received(0, WHOLE, 100);
+    world.card.gone.store(true, Ordering::Relaxed);
+    assert!(world.why_down().contains("registers read all ones"));
+    assert!(world.poll().is_empty());
+    Lent(vec![vec![0; 100]]).send(&mut world.transmit);
+    assert_eq!(world.transmit.counters().drops.get(DropReason::PortDown), 1);
+    assert!(world.all_home());
+}
+
+#[test]
+fn impossible_lengths_and_endless_frames_stop_the_port_and_say_why() {
+    for (len, text) in [
+        (0, "receive descriptor 1: 0 bytes in a buffer of 2048"),
+        (2049, "2049 bytes"),
+        (0xffff, "65535 bytes"),
+    ] {
+        let mut world = World::new();
+        world.received(0, WHOLE, 60);
+        world.received(1, WHOLE, len);
+        world.received(2, WHOLE, 60);
+        assert_eq!(world.poll(), [60], "what came before is good");
+        let why = world.why_down();
+        assert!(why.contains(text), "{why}");
+        assert!(world.poll().is_empty());
+        assert_eq!(
+            world.card.config[COMMAND].load(Ordering::Relaxed) & MASTER,
+            0,
+            "and the device is stopped"
+        );
+        assert!(world.all_home());
+    }
+    let mut world = World::new();
+    (0..63).for_each(|at| world.received(at, DONE, 2048));
+    assert!(world.poll().is_empty());
+    assert!(world.why_down().contains("does not end after 8 descriptors"));
+}
+
+#[test]
+fn a_frame_whose_end_has_not_come_waits_for_it() {
+    let mut world = World::new();
+    world.received(0, DONE, 2048);
+    world.received(1, DONE, 2048);
+    assert!(world.poll().is_empty() && world.receive.peek() == 2);
+    world.received(2, WHOLE, 100);
+    assert_eq!(world.poll(), [4196]);
+    assert_eq!(world.receive.counters().frames.get(), 1);
+}
+
+#[test]
+fn damaged_short_and_long_frames_are_dropped_under_their_names() {
+    let mut world = World::new();
+    for (at, status, len) in
+        [(0, WHOLE | 1 << 24, 60), (1, WHOLE | 1 << 31, 60), (2, WHOLE, 13), (3, WHOLE, 60)]
+    {
+        world.received(at, status, len);
+    }
+    (4..8).for_each(|at| world.received(at, DONE, 2048));
+    world.received(8, WHOLE, 9019 - 4 * 2048);
+    world.received(9, WHOLE | 1 << 29, 70);
+    assert_eq!(world.poll(), [60, 70]);
+    let counters = world.receive.counters();
+    assert_eq!((counters.frames.get(), counters.drops.sum()), (6, 4), "received = passed on + dropped");
+    let reasons = [DropReason::Damaged, DropReason::Runt, DropReason::Oversize];
+    assert_eq!(reasons.map(|r| counters.drops.get(r)), [2, 1, 1]);
+    let errors: Vec<_> = RECEIVE_ERRORS.iter().zip(&counters.errors).filter(|(_, n)| n.get() > 0).collect();
+    assert_eq!(
+        errors.iter().map(|(name, n)| (**name, n.get())).collect::<Vec<_>>(),
+        [("crc_or_alignment", 1), ("tcp_udp_checksum", 1), ("data", 1)]
+    );
+}
+
+#[test]
+fn a_descriptor_that_the_device_does_not_have_is_never_read() {
+    let mut world = World::new();
+    (0..64).for_each(|at| world.received(at, WHOLE, 60));
+    let polled: usize = std::iter::from_fn(|| Some(world.poll().len())).take(1).sum();
+    assert_eq!((polled, world.card.register(RDT)), (63, 62), "64 descriptors, of which the device had 63");
+}
+
+#[test]
+fn a_buffer_that_another_card_sends_comes_home_when_it_is_sent() {
+    let (space, arena) = space_and_arena();
+    let mut a = World::at(&space, arena.clone());
+    let mut b = World::at(&space, arena);
+    let mut buffer = BurstBuffer::default();
+    let mut sent = 0;
+    // 8 spare buffers: after 40 frames under way the ring runs short, and recovers.
+    for round in 0..100u32 {
+        let tail = a.card.register(RDT);
+        let from = round * 20 % 64;
+        let room = (tail.wrapping_sub(from) & 63).min(20);
+        (0..room).for_each(|i| a.received((from + i) & 63, WHOLE, 60));
+        let burst = a.receive.poll(&mut buffer);
+        let expected: BTreeSet<_> = burst.frames().iter().map(|f| f.ptr.addr() as u64).collect();
+        b.transmit.send(&burst, burst.all(), TagEdit::Keep, &mut Scratch::default());
+        b.transmit.notify();
+        let n = burst.len() as u32;
+        burst.release();
+        assert_eq!(n, room);
+        let end = b.card.register(TDT);
+        let sending = (0..n).map(|i| b.card.read(TX_RING, (end + 64 - n + i) & 63));
+        assert_eq!(sending.map(|d| d[0]).collect::<BTreeSet<_>>(), expected, "not copied");
+        if n > 0 {
+            b.card.write_back(TX_RING, (end + 63) & 63, 1 << 32);
+        }
+        sent += u64::from(n);
+        if room < 20 {
+            break;
+        }
+    }
+    let counters = b.transmit.counters();
+    assert_eq!((counters.sent.get(), counters.uncopied.get(), counters.drops.sum()), (sent, sent, 0));
+    assert!(sent > 500, "{sent} frames, many times the spare buffers");
+    let World { receive, transmit, arena, .. } = a;
+    drop((receive, transmit, b));
+    assert!(Pool::new(&arena, BUFFERS).is_ok(), "all buffers are home");
+}
+
+#[test]
+fn a_frame_for_two_ports_is_copied_for_the_second() {
+    let mut world = World::new();
+    world.received(0, WHOLE, 60);
+    let mut buffer = BurstBuffer::default();
+    let burst = world.receive.poll(&mut buffer);
+    for _ in 0..2 {
+        world.transmit.send(&burst, burst.all(), TagEdit::Keep, &mut Scratch::default());
+    }
+    drop(burst);
+    let [first, second] = [0, 1].map(|at| world.card.read(TX_RING, at)[0]);
+    assert_ne!(first, second);
+    let counters = world.transmit.counters();
+    assert_eq!((counters.sent.get(), counters.uncopied.get()), (2, 1));
+    assert!(world.all_home());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 300 }))]
+
+    #[test]
+    fn whatever_a_device_writes_frames_lie_in_its_buffers_and_no_buffer_is_lost(
+        writes in proptest::collection::vec((0..64u32, any::<bool>(), any::<u64>(), 0..4u8), 1..200)
+    ) {
+        let mut world = World::new();
+        let mut buffer = BurstBuffer::default();
+        for (at, to_receive, word, act) in writes {
+            // Mostly plausible descriptors, or the port stops at the first.
+            let plausible = word & 0xffff_07ff_0000_0003 | 1;
+            match (to_receive, act) {
+                (true, 0) => world.card.write_back(RX_RING, at, word),
+                (true, _) => (0..8).for_each(|i| world.card.write_back(RX_RING, (at + i) & 63, plausible)),
+                (false, _) => world.card.write_back(TX_RING, at, word),
+            }
+            let burst = world.receive.poll(&mut buffer);
+            for frame in burst.frames() {
+                prop_assert!((MIN_FRAME..=9018).contains(&frame.len));
+                let more = burst.more(frame);
+                prop_assert_eq!(more.len(), usize::from(frame.more));
+                prop_assert_eq!(frame.first_len + more.iter().map(|s| s.len).sum::<u32>(), frame.len);
+                for (ptr, len) in std::iter::once((frame.ptr, frame.first_len)).chain(more.iter().map(|s| (s.ptr, s.len))) {
+                    let index = world.arena.buffer_of(ptr);
+                    prop_assert!(len <= BUFFER && index.is_some_and(|i| world.arena.ptr(i) == ptr.cast_mut()));
+                }
+            }
+            if act > 1 {
+                world.transmit.send(&burst, burst.all(), TagEdit::Keep, &mut Scratch::default());
+                world.transmit.notify();
+            }
+        }
+        let (r, t) = (world.receive.counters(), world.transmit.counters());
+        prop_assert_eq!(t.offered.get(), t.sent.get() + t.drops.sum());
+        prop_assert!(r.frames.get() >= r.drops.sum());
+        prop_assert!(world.all_home());
+    }
+}

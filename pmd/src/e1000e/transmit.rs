@@ -1,0 +1,419 @@
+//! The transmit queue: frames of a burst become descriptors.
+//!
+//! A frame that lies in a buffer of the same arena (it came in by another card) is not copied: its buffer is taken out of the
+//! burst and goes home when the device has sent it. Every other frame is copied once. Never blocks, never allocates, reads no
+//! register.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use port::{Burst, DropReason, Frame, FrameSet, Gso, HEAD, Head, Offload, Scratch, TagEdit, TxQueue};
+use virtio::memory::copy::copy;
+
+use super::counters::TransmitCounters;
+use super::descriptors::{CHECKSUM, Descriptor, LAST, REPORT, SENT, context, data, tag};
+use super::device::Core;
+use super::regs::TDT;
+use super::{MAX_DESCRIPTORS, QUEUE};
+use crate::access::PciDevice;
+use crate::dma::{BUFFER, Pool};
+
+/// No buffer at a place of the ring.
+const NONE: u32 = u32::MAX;
+
+/// Bytes of a VLAN tag, and where it begins.
+const TAG: u32 = 4;
+const TAG_AT: usize = 12;
+
+/// The transmit queue of a device. One thread uses it at a time.
+pub struct Transmit<D: PciDevice> {
+    ring: *mut Descriptor,
+    mask: u32,
+    /// The next descriptor to write; counts on without wrapping to the ring.
+    next: u32,
+    /// The oldest descriptor that the device may still use.
+    oldest: u32,
+    /// Descriptors that the device reports on, oldest first: `first_mark` up to `next_mark`, which count on too.
+    marks: Box<[u32]>,
+    first_mark: u32,
+    next_mark: u32,
+    /// The last frame's last descriptor, and its second word.
+    last: (u32, u64),
+    /// What the device was told about checksums.
+    context: Option<(u8, u8)>,
+    /// Descriptors were written that the device was not told of.
+    unannounced: bool,
+    /// Longest frame in bytes, without FCS.
+    max: u32,
+    /// The buffer that goes home when the descriptor at a place is done.
+    slots: Box<[u32]>,
+    pool: Pool,
+    core: Arc<Core<D>>,
+    counters: Arc<TransmitCounters>,
+}
+
+// SAFETY: as for `Receive`.
+unsafe impl<D: PciDevice> Send for Transmit<D> {}
+
+impl<D: PciDevice> Transmit<D> {
+    pub(super) fn new(core: Arc<Core<D>>, size: u32, max: u32, pool: Pool) -> Self {
+        Self {
+            ring: core.transmit_ring().cast(),
+            mask: size - 1,
+            next: 0,
+            oldest: 0,
+            marks: vec![0; size as usize].into(),
+            first_mark: 0,
+            next_mark: 0,
+            last: (0, 0),
+            context: None,
+            unannounced: false,
+            max,
+            slots: vec![NONE; size as usize].into(),
+            pool,
+            core,
+            counters: Arc::default(),
+        }
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> Arc<TransmitCounters> {
+        self.counters.clone()
+    }
+
+    /// Descriptors that can be written now. One stays free: head equal to tail means that there is none.
+    #[inline(always)]
+    fn free(&self) -> u32 {
+        self.mask - self.next.wrapping_sub(self.oldest)
+    }
+
+    /// Writes the next descriptor.
+    #[inline(always)]
+    fn write(&mut self, address: u64, flags: u64, buffer: u32) {
+        let place = (self.next & self.mask) as usize;
+        // SAFETY: the place is inside the ring by the mask; `core` keeps the ring's memory; the device does not have this
+        // descriptor (`free`), and was not told of it yet.
+        unsafe {
+            let descriptor = self.ring.add(place);
+            (&raw mut (*descriptor).0[0]).write_volatile(address.to_le());
+            (&raw mut (*descriptor).0[1]).write_volatile(flags.to_le());
+        }
+        if let Some(slot) = self.slots.get_mut(place) {
+            *slot = buffer;
+        }
+        self.last = (self.next, flags);
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// Asks for a report on the descriptor written last.
+    #[inline(always)]
+    fn mark(&mut self) {
+        let (at, flags) = self.last;
+        // SAFETY: as in `write`: the device was not told of this descriptor yet.
+        unsafe {
+            let descriptor = self.ring.add((at & self.mask) as usize);
+            (&raw mut (*descriptor).0[1]).write_volatile((flags | REPORT).to_le());
+        }
+        // There are as many places as descriptors, and a mark stands for at least one.
+        if let Some(mark) = self.marks.get_mut((self.next_mark & self.mask) as usize) {
+            *mark = at;
+            self.next_mark = self.next_mark.wrapping_add(1);
+        }
+    }
+
+    /// Takes back what the device has sent.
+    #[inline(always)]
+    fn reclaim(&mut self) {
+        while self.first_mark != self.next_mark {
+            let Some(&at) = self.marks.get((self.first_mark & self.mask) as usize) else { break };
+            // SAFETY: inside the ring by the mask; the device may write at any time: volatile. Whatever it says, only
+            // descriptors that were written are taken back.
+            let word =
+                unsafe { (&raw const (*self.ring.add((at & self.mask) as usize)).0[1]).read_volatile() };
+            if u64::from_le(word) & SENT == 0 {
+                break;
+            }
+            self.first_mark = self.first_mark.wrapping_add(1);
+            let end = at.wrapping_add(1);
+            while self.oldest != end {
+                if let Some(slot) = self.slots.get_mut((self.oldest & self.mask) as usize)
+                    && *slot != NONE
+                {
+                    self.pool.put(*slot);
+                    *slot = NONE;
+                }
+                self.oldest = self.oldest.wrapping_add(1);
+            }
+        }
+        self.pool.flush();
+    }
+
+    /// A frame that needs more than one descriptor for one buffer; its length as sent.
+    #[cold]
+    #[inline(never)]
+    fn send_any(
+        &mut self,
+        burst: &Burst<'_>,
+        frame: &Frame,
+        head: &Head,
+        edit: TagEdit,
+    ) -> Result<u32, DropReason> {
+        let grows = matches!(edit, TagEdit::Push(_));
+        let shrinks = matches!(edit, TagEdit::Pop);
+        if frame.len + if grows { TAG } else { 0 } > self.max + if shrinks { TAG } else { 0 } {
+            return Err(DropReason::MtuExceeded);
+        }
+        if frame.len < TAG_AT as u32 + 2 + if shrinks { TAG } else { 0 } {
+            return Err(DropReason::Runt);
+        }
+        // The device inserts tags only where it takes them off too (CTRL.VME, datasheet 10.2.2.1), and by itself, behind the
+        // checksum's offsets.
+        let inserts = grows && self.core.strips_tags();
+        let by = match edit {
+            TagEdit::Push(_) if !inserts => TAG as i16,
+            TagEdit::Pop => -(TAG as i16),
+            _ => 0,
+        };
+        let offload = frame.offload.moved(by).ok_or(DropReason::CannotFinish)?;
+        let checksum = checksum_of(offload)?;
+        let flags = checksum.map_or(0, |_| CHECKSUM)
+            | match edit {
+                TagEdit::Push(tci) if inserts => tag(tci),
+                _ => 0,
+            };
+        let told = checksum.is_none() || checksum == self.context;
+        let context_descriptors = u32::from(!told);
+
+        let pieces = || {
+            std::iter::once((frame.ptr, frame.first_len))
+                .chain(burst.more(frame).iter().map(|s| (s.ptr, s.len)))
+        };
+        let arena = self.pool.arena().clone();
+        let as_it_is = edit == TagEdit::Keep || inserts;
+        let ours = |ptr: *const u8| arena.buffer_of(ptr).filter(|&index| arena.is_in_burst(index));
+        let uncopied =
+            as_it_is && frame.more < MAX_DESCRIPTORS as u16 && pieces().all(|(ptr, _)| ours(ptr).is_some());
+        let descriptors = if uncopied {
+            u32::from(frame.more) + 1
+        } else {
+            frame.len.saturating_add_signed(by.into()).div_ceil(BUFFER)
+        };
+        if descriptors > MAX_DESCRIPTORS {
+            return Err(DropReason::Oversize);
+        }
+        if self.free() < descriptors + context_descriptors {
+            self.reclaim();
+            if self.free() < descriptors + context_descriptors {
+                return Err(DropReason::ReceiverFull);
+            }
+        }
+        if uncopied {
+            self.tell(checksum, told);
+            for (i, (ptr, len)) in pieces().enumerate() {
+                let Some(index) = ours(ptr) else { break };
+                arena.take_out(index);
+                let ends = if i == usize::from(frame.more) { LAST } else { 0 };
+                self.write(arena.iova_of(ptr), data(len, flags | ends), index);
+            }
+            self.counters.uncopied.add(1);
+            return Ok(frame.len);
+        }
+
+        let mut writer = Writer::new(&mut self.pool, descriptors).ok_or(DropReason::ReceiverFull)?;
+        let in_head = (frame.len as usize).min(HEAD);
+        let Head(mut head) = *head;
+        let resume = match edit {
+            TagEdit::SetVid(vid) => {
+                set_vid(&mut head, vid);
+                0
+            }
+            TagEdit::Pop => {
+                writer.append(head.as_ptr(), TAG_AT);
+                TAG_AT + TAG as usize
+            }
+            TagEdit::Push(tci) if !inserts => {
+                let [a, b] = tci.to_be_bytes();
+                writer.append(head.as_ptr(), TAG_AT);
+                writer.append([0x81, 0x00, a, b].as_ptr(), TAG as usize);
+                TAG_AT
+            }
+            TagEdit::Keep | TagEdit::Push(_) => 0,
+        };
+        writer.append(head.as_ptr().wrapping_add(resume), in_head - resume);
+        let mut skip = in_head;
+        for (ptr, len) in pieces() {
+            let len = len as usize;
+            let n = skip.min(len);
+            skip -= n;
+            writer.append(ptr.wrapping_add(n), len - n);
+        }
+        let (buffers, total) = writer.finish();
+        self.tell(checksum, told);
+        let mut left = total;
+        for &index in buffers.get(..descriptors as usize).unwrap_or_default() {
+            let len = left.min(BUFFER);
+            left -= len;
+            self.write(arena.iova(index), data(len, flags | if left == 0 { LAST } else { 0 }), index);
+        }
+        Ok(total)
+    }
+
+    /// Tells the device where the checksum goes, unless it knows.
+    fn tell(&mut self, checksum: Option<(u8, u8)>, told: bool) {
+        if let (Some((start, at)), false) = (checksum, told) {
+            let [low, high] = context(start, at);
+            self.write(low, high, NONE);
+            self.context = checksum;
+        }
+    }
+}
+
+/// Where a checksum begins and where it goes, if one is to be calculated.
+fn checksum_of(offload: Offload) -> Result<Option<(u8, u8)>, DropReason> {
+    if offload.is_none() {
+        return Ok(None);
+    }
+    // Segmentation is left to whoever has the frame: the device would need its headers rewritten for it.
+    if offload.gso() != Ok(Gso::None) {
+        return Err(DropReason::CannotFinish);
+    }
+    let at = offload.csum_start().checked_add(offload.csum_offset);
+    match (u8::try_from(offload.csum_start()), at.map(u8::try_from)) {
+        (Ok(start), Some(Ok(at))) => Ok(Some((start, at))),
+        _ => Err(DropReason::CannotFinish),
+    }
+}
+
+/// Replaces the VLAN identifier of the outermost tag, and leaves its priority.
+fn set_vid(head: &mut [u8; HEAD], vid: u16) {
+    if let Some([a, b]) = head.get_mut(TAG_AT + 2..TAG_AT + 4) {
+        let tci = u16::from_be_bytes([*a, *b]) & 0xf000 | vid & 0xfff;
+        [*a, *b] = tci.to_be_bytes();
+    }
+}
+
+/// Copies a frame into buffers, piece by piece.
+struct Writer<'p> {
+    pool: &'p mut Pool,
+    buffers: [u32; MAX_DESCRIPTORS as usize],
+    count: usize,
+    total: usize,
+    room: usize,
+}
+
+impl<'p> Writer<'p> {
+    /// With `count` buffers of `pool`, or none if it does not have as many.
+    fn new(pool: &'p mut Pool, count: u32) -> Option<Self> {
+        let mut writer = Self {
+            buffers: [NONE; MAX_DESCRIPTORS as usize],
+            count: 0,
+            total: 0,
+            room: (count.min(MAX_DESCRIPTORS) * BUFFER) as usize,
+            pool,
+        };
+        for _ in 0..count.min(MAX_DESCRIPTORS) {
+            let Some(index) = writer.pool.take() else {
+                for &index in writer.buffers.get(..writer.count).unwrap_or_default() {
+                    writer.pool.put(index);
+                }
+                return None;
+            };
+            if let Some(place) = writer.buffers.get_mut(writer.count) {
+                *place = index;
+                writer.count += 1;
+            }
+        }
+        Some(writer)
+    }
+
+    /// Appends `len` bytes at `from`, which are mapped; what does not fit is left out.
+    fn append(&mut self, mut from: *const u8, len: usize) {
+        let mut left = len.min(self.room - self.total);
+        while left > 0 {
+            let (buffer, at) = (self.total / BUFFER as usize, self.total % BUFFER as usize);
+            let Some(&index) = self.buffers.get(buffer) else { break };
+            let n = left.min(BUFFER as usize - at);
+            // SAFETY: `n` bytes at `from` are mapped (a piece of the private head, or of a frame that the burst lends); the
+            // buffer has `n` bytes at `at`, and is nobody else's.
+            unsafe { copy(self.pool.arena().ptr(index).wrapping_add(at), from, n) };
+            (from, left, self.total) = (from.wrapping_add(n), left - n, self.total + n);
+        }
+    }
+
+    fn finish(self) -> ([u32; MAX_DESCRIPTORS as usize], u32) {
+        (self.buffers, self.total as u32)
+    }
+}
+
+impl<D: PciDevice> TxQueue for Transmit<D> {
+    #[inline(always)]
+    fn prepare(&mut self, frames: usize) {
+        if (self.free() as usize) < frames {
+            self.reclaim();
+        }
+    }
+
+    #[inline(always)]
+    fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, _: &mut Scratch) {
+        self.counters.offered.add(set.len() as u64);
+        if !self.core.is_up() {
+            self.counters.drops.add(DropReason::PortDown, set.len() as u64);
+            return;
+        }
+        if (self.free() as usize) < 2 * set.len() {
+            self.reclaim();
+        }
+        let (frames, heads) = (burst.frames(), burst.heads());
+        let before = self.next;
+        let (mut sent, mut uncopied, mut bytes) = (0u64, 0u64, 0u64);
+        for i in set {
+            let (Some(frame), Some(head)) = (frames.get(i), heads.get(i)) else { break };
+            let plain = edit == TagEdit::Keep && frame.more == 0 && frame.offload.is_none();
+            if plain
+                && frame.len <= self.max
+                && self.free() > 0
+                && let Some(index) = self.pool.arena().buffer_of(frame.ptr)
+                && self.pool.arena().take_out(index)
+            {
+                let address = self.pool.arena().iova_of(frame.ptr);
+                self.write(address, data(frame.len, LAST), index);
+                sent += 1;
+                uncopied += 1;
+                bytes += u64::from(frame.len);
+                continue;
+            }
+            match self.send_any(burst, frame, head, edit) {
+                Ok(len) => {
+                    sent += 1;
+                    bytes += u64::from(len);
+                }
+                Err(reason) => self.counters.drops.add(reason, 1),
+            }
+        }
+        if self.next != before {
+            self.mark();
+            self.unannounced = true;
+            self.counters.sent.add(sent);
+            self.counters.uncopied.add(uncopied);
+            self.counters.bytes.add(bytes);
+        }
+    }
+
+    #[inline(always)]
+    fn notify(&mut self) {
+        if std::mem::take(&mut self.unannounced) {
+            fence(Ordering::Release);
+            self.core.regs().write_number(TDT(QUEUE), self.next & self.mask);
+        }
+    }
+}
+
+impl<D: PciDevice> Drop for Transmit<D> {
+    fn drop(&mut self) {
+        // The device may read these buffers until it has stopped.
+        self.core.stop();
+        for slot in self.slots.iter_mut().filter(|slot| **slot != NONE) {
+            self.pool.put(std::mem::replace(slot, NONE));
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The drivers of network cards against QEMU's models of these cards: devices that we did not write.
+//!
+//! Ignored by default, because they need QEMU: `./check nic` runs them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod e1000e;
+mod frames;

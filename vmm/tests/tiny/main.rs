@@ -126,7 +126,7 @@ fn whatever_a_guest_writes_anywhere_the_machine_goes_on() {
         {
             code = code.eax(value).out_eax(port).in_eax(port);
         }
-        for register in (0..0x44).chain([0xffd, 0xffe, 0xfff, 0x1000, 0x0fff_fffc]) {
+        for register in (0..0x44).chain([0xffd, 0xffe, 0xfff, 0x1000, 0x000f_fffc, 0x0010_0000]) {
             code = code.eax(value).store(ECAM + register).load(ECAM + register);
         }
         // Where nothing is: the interrupt controllers' neighbourhood, the BAR windows, beyond memory.

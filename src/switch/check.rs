@@ -129,6 +129,7 @@ fn behind(port: &PortConfig) -> String {
             }
         }
         Behind::Tap { device } => format!("be the tap {device}"),
+        Behind::Packet { device } => format!("share the interface {device}"),
         Behind::Null => "throw away what goes out".to_owned(),
     }
 }

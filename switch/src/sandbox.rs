@@ -39,6 +39,8 @@ bitflags::bitflags! {
     pub struct Devices: u8 {
         /// Taps.
         const TUN = 1;
+        /// Packet sockets.
+        const PACKET = 1 << 1;
     }
 }
 
@@ -50,6 +52,7 @@ impl Devices {
     pub fn of_kind(kind: PortKind) -> Self {
         match kind {
             PortKind::Tap => Self::TUN,
+            PortKind::Packet => Self::PACKET,
             PortKind::VhostUser | PortKind::Null => Self::empty(),
         }
     }
@@ -142,13 +145,24 @@ fn rules_of(kind: ThreadKind, devices: Devices, call: c_long) -> Result<Vec<Secc
             vec![one(0, MaskedEq(thread.unsigned_abs().into()), thread.into())?]
         }
         // No network but UNIX sockets.
+        libc::SYS_socket if devices.contains(Devices::PACKET) => {
+            vec![one(0, Eq, libc::AF_UNIX.into())?, one(0, Eq, libc::AF_PACKET.into())?]
+        }
         libc::SYS_socket | libc::SYS_socketpair => vec![one(0, Eq, libc::AF_UNIX.into())?],
         libc::SYS_ioctl => {
             let requests = [libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX, libc::TCGETS, libc::TIOCGWINSZ];
             // A tap is attached to, and told what it may leave undone.
             let tun = [libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
             let tun = tun.iter().filter(|_| devices.contains(Devices::TUN));
-            requests.iter().chain(tun).map(|&r| one(1, Eq, r.cast_signed())).collect::<Result<_, _>>()?
+            // A packet socket finds its interface.
+            let packet = [libc::SIOCGIFFLAGS, libc::SIOCGIFINDEX];
+            let packet = packet.iter().filter(|_| devices.contains(Devices::PACKET));
+            requests
+                .iter()
+                .chain(tun)
+                .chain(packet)
+                .map(|&r| one(1, Eq, r.cast_signed()))
+                .collect::<Result<_, _>>()?
         }
         // Builds with debug assertions ask whether a descriptor is open before they close it.
         libc::SYS_fcntl if kind == ThreadKind::Worker => vec![one(1, Eq, libc::F_GETFD.into())?],

@@ -1,11 +1,11 @@
 //! Taps: the kernel's network stack on both sides of the switch, in namespaces of their own.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use super::namespaces::{Namespace, run, try_run};
-use super::switch::Switch;
+use super::switch::{Switch, conserved, sum};
 
 /// Two namespaces with a tap each, and the switch between them.
 struct Pair {
@@ -15,8 +15,8 @@ struct Pair {
     taps: [String; 2],
 }
 
-const A: &str = "192.0.2.1";
-const B: &str = "192.0.2.2";
+const A: &str = "198.51.100.1";
+const B: &str = "198.51.100.2";
 
 /// Names that only this test process uses.
 fn tap(which: &str) -> String {
@@ -49,19 +49,6 @@ impl Pair {
     fn stats(&self) -> Value {
         self.switch.json("stats")
     }
-}
-
-/// Every frame that came in was sent or dropped under a reason; how many came in and were dropped.
-fn conserved(stats: &Value) -> (u64, u64) {
-    let totals = &stats["totals"];
-    let of = |key: &str| totals[key].as_u64().unwrap();
-    assert_eq!(of("received") + of("replicas"), of("sent") + of("dropped"), "{totals}");
-    (of("received"), of("dropped"))
-}
-
-fn sum(stats: &Value, port: &str, direction: &str, key: &str) -> u64 {
-    let port = stats["ports"].as_array().unwrap().iter().find(|p| p["name"] == port).unwrap();
-    port[direction].as_array().unwrap().iter().map(|queue| queue[key].as_u64().unwrap()).sum()
 }
 
 #[test]
@@ -122,9 +109,9 @@ fn vlans_and_mtu_hold_for_taps() {
     let (a, b, c) = (Namespace::new("a"), Namespace::new("b"), Namespace::new("c"));
     a.takes(&taps[0], A);
     b.takes(&taps[1], B);
-    c.takes(&taps[2], "192.0.2.3");
+    c.takes(&taps[2], "198.51.100.3");
     a.waits_for(B);
-    assert!(!a.reaches("192.0.2.3", 1), "VLAN 20 is not VLAN 10");
+    assert!(!a.reaches("198.51.100.3", 1), "VLAN 20 is not VLAN 10");
     let large = try_run(&format!("ip netns exec {} ping -q -c 1 -W 1 -M do -s 1400 {B}", a.name));
     assert!(!large.status.success());
     let stats = switch.json("stats");
@@ -139,25 +126,12 @@ fn a_tap_removed_under_traffic_stops_its_port_and_is_taken_again_when_it_is_back
     let flood = pair.a.start(&format!("ping -q -f {B}"));
     std::thread::sleep(Duration::from_millis(300));
     pair.b.run(&format!("ip link del {}", pair.taps[1]));
-    let seen = |state: &str, reason: &str| {
-        let end = Instant::now() + Duration::from_secs(10);
-        loop {
-            let ports = pair.switch.json("ports");
-            let port = &ports["ports"][1];
-            let said = port["reason"].as_str().unwrap_or_default();
-            if port["state"] == state && said.contains(reason) {
-                return;
-            }
-            assert!(Instant::now() < end, "port b is not {state} ({reason}): {port}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    };
-    seen("stopped", &pair.taps[1]);
-    seen("stopped", "ip tuntap add");
+    pair.switch.waits_for_state("b", "stopped", &pair.taps[1]);
+    pair.switch.waits_for_state("b", "stopped", "ip tuntap add");
     // The other port is as it was.
     assert_eq!(pair.switch.json("ports")["ports"][0]["state"], "up");
     run(&format!("ip tuntap add {} mode tap", pair.taps[1]));
-    seen("up", "");
+    pair.switch.waits_for_state("b", "up", "");
     pair.b.takes(&pair.taps[1], B);
     drop(flood);
     // The new interface has another address, which the old one's neighbours do not know.
@@ -177,8 +151,8 @@ fn a_reload_adds_and_removes_taps_and_touches_no_other() {
     pair.switch.write(&(text.clone() + &port("c", &third, "")));
     pair.switch.reload();
     let c = Namespace::new("c");
-    c.takes(&third, "192.0.2.9");
-    pair.a.waits_for("192.0.2.9");
+    c.takes(&third, "198.51.100.9");
+    pair.a.waits_for("198.51.100.9");
     conserved(&pair.stats());
     pair.switch.write(&text);
     pair.switch.reload();

@@ -11,6 +11,8 @@
 
 mod documented;
 mod guest;
+mod kernel_guest;
+mod kernel_packet;
 mod kernel_tap;
 mod limits;
 mod namespaces;

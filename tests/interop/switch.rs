@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// The switch.
@@ -76,13 +77,27 @@ impl Switch {
     }
 
     /// What it answers to a question, as JSON.
-    pub(crate) fn json(&self, question: &str) -> serde_json::Value {
+    pub(crate) fn json(&self, question: &str) -> Value {
         serde_json::from_slice(&self.ask(question).stdout).unwrap()
     }
 
     fn ask(&self, question: &str) -> Output {
         let mut command = Command::new(binary());
         command.args(["switch", question, "--json", "--run-dir"]).arg(self.dir()).output().unwrap()
+    }
+
+    /// Waits until a port is in this state, with a reason that contains `reason`.
+    pub(crate) fn waits_for_state(&self, name: &str, state: &str, reason: &str) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let ports = self.json("ports");
+            let port = ports["ports"].as_array().unwrap().iter().find(|p| p["name"] == name).unwrap();
+            if port["state"] == state && port["reason"].as_str().unwrap_or_default().contains(reason) {
+                return;
+            }
+            assert!(Instant::now() < end, "port {name} is not {state} ({reason}): {port}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Whether it still runs.
@@ -172,6 +187,20 @@ fn spawn(config: &Path, dir: &Path) -> Child {
         .stderr(log)
         .spawn()
         .expect("cableway starts")
+}
+
+/// Every frame that came in was sent or dropped under a reason; how many came in and were dropped.
+pub(crate) fn conserved(stats: &Value) -> (u64, u64) {
+    let totals = &stats["totals"];
+    let of = |key: &str| totals[key].as_u64().unwrap();
+    assert_eq!(of("received") + of("replicas"), of("sent") + of("dropped"), "{totals}");
+    (of("received"), of("dropped"))
+}
+
+/// A counter of a port, over all its queues of one direction.
+pub(crate) fn sum(stats: &Value, port: &str, direction: &str, key: &str) -> u64 {
+    let port = stats["ports"].as_array().unwrap().iter().find(|p| p["name"] == port).unwrap();
+    port[direction].as_array().unwrap().iter().map(|queue| queue[key].as_u64().unwrap()).sum()
 }
 
 /// The binary under test.

@@ -6,7 +6,7 @@ use port::{MAX_FRAME, Offload, PutError, Segment};
 use virtio::memory::copy::copy;
 
 /// Bytes of the header.
-pub(super) const HEADER: usize = 10;
+pub(in crate::kernel) const HEADER: usize = 10;
 
 /// Pieces that are handed to the kernel as they lie, the header among them; what is beyond is gathered into one.
 const PIECES: usize = 64;
@@ -72,7 +72,7 @@ impl Message {
 }
 
 /// The header of a received frame. Little-endian: so it is on this machine, whatever the device was told.
-pub(super) fn read_header(bytes: &[u8]) -> Offload {
+pub(in crate::kernel) fn read_header(bytes: &[u8]) -> Offload {
     match *bytes {
         [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, ..] => Offload {
             low: u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]),

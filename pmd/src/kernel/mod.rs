@@ -5,6 +5,7 @@
 
 mod message;
 pub mod null;
+pub mod packet;
 pub mod tap;
 
 use std::io;
@@ -19,6 +20,12 @@ pub enum OpenError {
         name: String,
         /// The command that makes one.
         remedy: String,
+    },
+    /// It is there, and switched off. It may be switched on: worth another try.
+    #[error("interface {name} is down; to switch it on: ip link set {name} up")]
+    Down {
+        /// The interface.
+        name: String,
     },
     /// It is there, and cannot be had.
     #[error("interface {name}: {what}: {source}{remedy}")]

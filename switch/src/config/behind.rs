@@ -32,6 +32,11 @@ pub enum Behind {
         /// Its name.
         device: String,
     },
+    /// A packet socket on an interface.
+    Packet {
+        /// The interface's name.
+        device: String,
+    },
     /// Nothing.
     Null,
 }
@@ -59,6 +64,7 @@ impl Behind {
         match self {
             Behind::VhostUser { .. } => PortKind::VhostUser,
             Behind::Tap { .. } => PortKind::Tap,
+            Behind::Packet { .. } => PortKind::Packet,
             Behind::Null => PortKind::Null,
         }
     }
@@ -67,7 +73,7 @@ impl Behind {
     pub fn socket(&self) -> Option<&Path> {
         match self {
             Behind::VhostUser { socket, .. } => Some(socket),
-            Behind::Tap { .. } | Behind::Null => None,
+            _ => None,
         }
     }
 
@@ -82,7 +88,7 @@ impl Behind {
     /// The network interface, if it has one.
     pub fn device(&self) -> Option<&str> {
         match self {
-            Behind::Tap { device } => Some(device),
+            Behind::Tap { device } | Behind::Packet { device } => Some(device),
             Behind::VhostUser { .. } | Behind::Null => None,
         }
     }
@@ -126,14 +132,18 @@ impl PortReader<'_, '_> {
                 let socket = keys.socket.take()?;
                 Behind::VhostUser { socket: self.socket(place, name, socket, socket_side), side }
             }
-            PortKind::Tap => {
+            PortKind::Tap | PortKind::Packet => {
                 if keys.device.is_none() {
-                    let example = "the interface, as in `device = \"tap0\"`";
-                    keys.wrong.or_missing("device", at.clone(), example, self.problems);
+                    let example = if kind == PortKind::Tap { "tap0" } else { "eth1" };
+                    let example = format!("the interface, as in `device = \"{example}\"`");
+                    keys.wrong.or_missing("device", at.clone(), &example, self.problems);
                 }
-                self.offloads_only(place, keys.disable.as_ref().map(Spanned::get_ref));
+                if kind == PortKind::Tap {
+                    self.offloads_only(place, keys.disable.as_ref().map(Spanned::get_ref));
+                }
                 let device = keys.device.take()?;
-                Behind::Tap { device: self.device(place, name, device, kind) }
+                let device = self.device(place, name, device, kind);
+                if kind == PortKind::Tap { Behind::Tap { device } } else { Behind::Packet { device } }
             }
             PortKind::Null => Behind::Null,
         };
@@ -141,7 +151,7 @@ impl PortReader<'_, '_> {
     }
 
     fn refuse_keys_of_others(&mut self, place: &str, kind: PortKind, keys: &PortKeys) {
-        use PortKind::{Tap, VhostUser};
+        use PortKind::{Packet, Tap, VhostUser};
         fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
             key.as_ref().map(Spanned::span)
         }
@@ -154,7 +164,7 @@ impl PortReader<'_, '_> {
             ("max_memory", span(&keys.max_memory), &[VhostUser]),
             ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap]),
             ("disable", span(&keys.disable), &[VhostUser, Tap]),
-            ("device", span(&keys.device), &[Tap]),
+            ("device", span(&keys.device), &[Tap, Packet]),
         ];
         for (key, span, kinds) in rules {
             let Some(span) = span.filter(|_| !kinds.contains(&kind)) else { continue };

@@ -42,7 +42,7 @@ keys! {
         name: Name,
         /// What is behind it.
         kind: PortKind,
-        /// The network interface behind a tap.
+        /// The network interface behind a tap or a packet socket.
         device: DeviceName,
         /// The UNIX socket; a relative path lies in the run directory.
         socket: SocketName,

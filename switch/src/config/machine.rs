@@ -215,6 +215,13 @@ impl Surroundings for ThisMachine {
                 kind.word()
             ));
         }
+        if needed.contains(Devices::PACKET) {
+            use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+            let tried = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None);
+            tried.map_err(|error| {
+                format!("no packet socket on {name}: {error}; run the switch with CAP_NET_RAW")
+            })?;
+        }
         if needed.contains(Devices::TUN) {
             let wanted = AccessFlags::R_OK | AccessFlags::W_OK;
             nix::unistd::access(TUN, wanted).map_err(|error| {

@@ -284,7 +284,7 @@ fn each_kind_of_port_has_keys_of_its_own() {
         ),
         (
             "kind = 'vhost-user'\nsocket = 's'\ndevice = 'tap0'",
-            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"`, not with \"vhost-user\": take it out",
+            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"`, not with \"vhost-user\": take it out",
         ),
         (
             "kind = 'null'\nqueue_pairs = 2",

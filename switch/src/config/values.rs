@@ -72,6 +72,8 @@ words! {
         VhostUser = "vhost-user",
         /// A tap interface of this machine's kernel.
         Tap = "tap",
+        /// Any Ethernet interface of this machine, by a packet socket.
+        Packet = "af_packet",
         /// Nothing: what goes out is gone, and nothing comes in.
         Null = "null",
     }

@@ -222,7 +222,7 @@ pub struct PortReport {
     pub socket: Option<String>,
     /// `server` or `client` (`vhost-user` only).
     pub mode: Option<String>,
-    /// The network interface (`tap` only).
+    /// The network interface (`tap` and `af_packet` only).
     pub device: Option<String>,
     /// How far it has come.
     pub state: PortState,

@@ -2,6 +2,7 @@
 
 use pmd::kernel::OpenError;
 use pmd::kernel::null::{NullSink, NullSource};
+use pmd::kernel::packet::{self, PacketSink, PacketSource};
 use pmd::kernel::tap::{self, TapOptions, TapSink, TapSource};
 
 use crate::config::{Behind, PortConfig};
@@ -10,12 +11,14 @@ use crate::runtime::OFFERED;
 /// A receive queue of any kind of device.
 pub(crate) enum Sources {
     Tap(TapSource),
+    Packet(PacketSource),
     Null(NullSource),
 }
 
 /// A transmit queue of any kind of device.
 pub(crate) enum Sinks {
     Tap(TapSink),
+    Packet(PacketSink),
     Null(NullSink),
 }
 
@@ -24,6 +27,7 @@ macro_rules! each {
     ($kinds:ident, $device:expr, $queue:ident => $act:expr) => {
         match $device {
             $kinds::Tap($queue) => $act,
+            $kinds::Packet($queue) => $act,
             $kinds::Null($queue) => $act,
         }
     };
@@ -46,6 +50,11 @@ pub(crate) fn open(config: &PortConfig, create: bool) -> Result<Opened, OpenErro
             let features = queues.first().map_or(0, |(_, sink)| sink.features());
             let queues = queues.into_iter().map(|(rx, tx)| (Sources::Tap(rx), Sinks::Tap(tx)));
             Ok((queues.collect(), features))
+        }
+        Behind::Packet { device } => {
+            let (source, sink) = packet::open(device)?;
+            let features = sink.features();
+            Ok((vec![(Sources::Packet(source), Sinks::Packet(sink))], features))
         }
         Behind::Null | Behind::VhostUser { .. } => {
             let queue = |_| (Sources::Null(NullSource), Sinks::Null(NullSink));

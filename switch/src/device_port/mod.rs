@@ -1,4 +1,4 @@
-//! A port with a network device of this machine behind it: a tap of the kernel, or nothing at all.
+//! A port with a network device of this machine behind it: a tap or an interface of the kernel, or nothing at all.
 //!
 //! Owns the device's queues between its opening and its end. [`rx`] lends bursts of what a driver's [`port::Source`] found,
 //! [`tx`] finishes frames for its [`port::Sink`], [`kinds`] is the list of drivers. A device that goes away stops its port, with

@@ -136,7 +136,7 @@ impl Housekeeper {
     fn device_gone(&mut self, number: u16, reason: &str) {
         let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
         let device = port.config.behind.device().unwrap_or_default().to_owned();
-        self.stop_port(number, &format!("interface {device} is gone ({reason})"));
+        self.stop_port(number, &format!("interface {device} is gone or down ({reason})"));
     }
 
     /// Opens devices that are there again.

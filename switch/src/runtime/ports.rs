@@ -96,11 +96,11 @@ pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<
             let session = session.map_err(|source| StartError::Port { port: name, source })?;
             (Attached::Guest(port), Some(session))
         }
-        Behind::Tap { .. } | Behind::Null => {
+        Behind::Tap { .. } | Behind::Packet { .. } | Behind::Null => {
             let port = DevicePort::new(number, &config.name, config.queue_pairs, events.clone());
             match port.open(config, true) {
                 Ok(()) => {}
-                Err(absent @ OpenError::Absent { .. }) => port.wait(&absent),
+                Err(absent @ (OpenError::Absent { .. } | OpenError::Down { .. })) => port.wait(&absent),
                 Err(source) => return Err(StartError::Device { port: name, source }),
             }
             (Attached::Device(port), None)

@@ -169,8 +169,7 @@ fn port_report(view: &PortView) -> PortReport {
             let mode = if matches!(side, Side::Server { .. }) { "server" } else { "client" };
             (Some(socket.display().to_string()), Some(mode.to_owned()), None)
         }
-        Behind::Tap { device } => (None, None, Some(device.clone())),
-        Behind::Null => (None, None, None),
+        other => (None, None, other.device().map(str::to_owned)),
     };
     let server = mode.as_deref() == Some("server");
     let (state, reason) = match shared.state() {

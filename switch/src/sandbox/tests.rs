@@ -80,6 +80,21 @@ fn outcome<T>(result: io::Result<T>) -> String {
 }
 
 #[test]
+fn only_a_switch_that_started_with_one_may_open_packet_sockets() {
+    let name = "only_a_switch_that_started_with_one_may_open_packet_sockets";
+    for (role, devices, expected) in [
+        ("without", Devices::TUN, "EPERM: Operation not permitted"),
+        // The filter lets it pass; that there is no such kind of socket is the kernel's word.
+        ("with", Devices::PACKET, "EINVAL: Invalid argument"),
+    ] {
+        let end = confined_to(name, role, Housekeeping, devices, || {
+            outcome(call(libc::SYS_socket, libc::AF_PACKET.into(), 0xff_ffff, 0))
+        });
+        check(end, said(expected), role);
+    }
+}
+
+#[test]
 fn only_a_switch_that_started_with_a_tap_may_attach_to_taps() {
     let name = "only_a_switch_that_started_with_a_tap_may_attach_to_taps";
     for (role, devices, expected) in [

@@ -94,7 +94,8 @@ impl Ring {
 
     /// The frame that is described here, and how far from here the next one is.
     fn frame(&mut self) -> Option<(Frame, usize)> {
-        if self.at % align_of::<tpacket3_hdr>() != 0 || self.at + size_of::<tpacket3_hdr>() > BLOCK {
+        if !self.at.is_multiple_of(align_of::<tpacket3_hdr>()) || self.at + size_of::<tpacket3_hdr>() > BLOCK
+        {
             return None;
         }
         // SAFETY: the description lies in the block (just checked), which is ours; it is of plain numbers.

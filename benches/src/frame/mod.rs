@@ -81,11 +81,12 @@ pub struct Template {
     head: [u8; SMALLEST],
     filling: Vec<u8>,
     stream: u16,
-    addresses: Addresses,
+    count: u32,
+    constant: Constant,
     source: u32,
     destination: u32,
     stride: u32,
-    /// The check without addresses, sequence number and time stamp.
+    /// The check without what depends on addresses, sequence number or time stamp.
     rest: u64,
     /// The check without sequence number and time stamp, of the pair of addresses in `head`.
     base: u64,
@@ -100,8 +101,10 @@ impl Template {
         let head = head(&addresses, size);
         let rest = length_and_filling(size, filling_sum(filling.as_slice(), 0, filling.len()));
         let base = header_sum(head.as_slice()).wrapping_add(rest);
-        let stride = stride(addresses.count);
-        Self { head, filling, stream, addresses, source: 0, destination: 0, stride, rest, base }
+        let rest = rest.wrapping_add(sum_of_header(0, head.word(12), 0, 0, head.word(36)));
+        let (count, stride) = (addresses.count, stride(addresses.count));
+        let constant = Constant::new(&addresses, &head);
+        Self { head, filling, stream, count, constant, source: 0, destination: 0, stride, rest, base }
     }
 
     /// Bytes of each frame, without FCS.
@@ -122,7 +125,7 @@ impl Template {
     pub fn rewrite(&mut self, mut buffer: impl FrameBuffer, sequence: u64, stamp: u64) {
         buffer.store::<32>(0, self.head.as_slice().load(0));
         buffer.store::<16>(28, self.head.as_slice().load(28));
-        let base = if self.addresses.count == 1 { self.base } else { self.write_addresses(&mut buffer) };
+        let base = if self.count == 1 { self.base } else { self.write_addresses(&mut buffer) };
         let word = u64::from(self.stream) << SEQUENCE_BITS | (sequence & ((1 << SEQUENCE_BITS) - 1));
         buffer.store::<4>(CHECK_AT, fold(base, word, stamp).to_le_bytes());
         buffer.store::<8>(SEQUENCE_AT, word.to_le_bytes());
@@ -147,19 +150,17 @@ impl Template {
     /// prefetcher knows. Returns the check of what it wrote, without sequence number and time stamp.
     #[inline(always)]
     fn write_addresses<B: FrameBuffer>(&mut self, buffer: &mut B) -> u64 {
-        self.source = if self.source + 1 == self.addresses.count { 0 } else { self.source + 1 };
+        self.source = if self.source + 1 == self.count { 0 } else { self.source + 1 };
         self.destination += self.stride;
-        if self.destination >= self.addresses.count {
-            self.destination -= self.addresses.count;
+        if self.destination >= self.count {
+            self.destination -= self.count;
         }
-        let words = AddressWords::new(&self.addresses, self.head.as_slice(), self.source, self.destination);
+        let words = self.constant.words(self.source, self.destination);
         buffer.store::<8>(0, words.at_0.to_le_bytes());
         buffer.store::<8>(8, words.at_8.to_le_bytes());
         buffer.store::<8>(20, words.at_20.to_le_bytes());
         buffer.store::<8>(28, words.at_28.to_le_bytes());
-        let head = self.head.as_slice();
-        sum_of_header(words.both, head.word(12), words.at_20, words.at_28, head.word(36))
-            .wrapping_add(self.rest)
+        sum_of_header(words.both, 0, words.at_20, words.at_28, 0).wrapping_add(self.rest)
     }
 }
 
@@ -173,29 +174,55 @@ struct AddressWords {
     both: u64,
 }
 
-impl AddressWords {
-    #[inline(always)]
-    fn new(addresses: &Addresses, head: &[u8], source: u32, destination: u32) -> Self {
-        let mac = |side: u8, index: u32| {
-            u64::from(index.to_be() >> 8) << 24 | u64::from(side) << 16 | u64::from(MAC_PREFIX)
-        };
-        let (to, from) = (mac(addresses.to, destination), mac(addresses.from, source));
-        // IPv4, RFC 791: addresses in 10.0.0.0/8; the one's complement sum (RFC 1071) is the same in any byte order.
-        let ip = |side: u8, index: u32| (10 << 24 | u32::from(side & 3) << 22 | index & 0x3f_ffff).to_be();
-        let (src, dst) = (ip(addresses.from, source), ip(addresses.to, destination));
-        let fixed =
-            u64::from_le_bytes(head.load(14)) as u128 | (u128::from(head.word(20)) & 0xffff_ffff) << 48;
-        let mut sum = (src & 0xffff) + (src >> 16) + (dst & 0xffff) + (dst >> 16);
-        for i in 0..5 {
-            sum += (fixed >> (16 * i)) as u32 & 0xffff;
-        }
-        sum = (sum & 0xffff) + (sum >> 16);
-        let checksum = u64::from(!((sum & 0xffff) + (sum >> 16)) as u16);
+/// What those words have in common, whatever the addresses: worked out once, so that a frame between two of many costs
+/// its sender little more than one between the only two.
+struct Constant {
+    /// Ethernet addresses of index 0: destination, source.
+    macs: [u64; 2],
+    /// IPv4 addresses of index 0: destination, source.
+    ips: [u32; 2],
+    at_8: u64,
+    at_20: u64,
+    at_28: u64,
+    /// The sum of the IPv4 header without checksum and addresses.
+    sum: u32,
+}
+
+impl Constant {
+    /// Of frames between `addresses` with this head; its checksum is not looked at.
+    fn new(addresses: &Addresses, head: &[u8]) -> Self {
+        let mac = |side: u8| u64::from(side) << 16 | u64::from(MAC_PREFIX);
+        // Addresses in 10.0.0.0/8.
+        let ip = |side: u8| 10 << 24 | u32::from(side & 3) << 22;
+        let (before, id_to_ttl) = (head.word(14), head.word(20) & 0xffff_ffff);
+        // The one's complement sum is the same in any byte order (RFC 1071).
+        let halves = |word: u64| (0..4).map(|i| (word >> (16 * i)) as u32 & 0xffff).sum::<u32>();
         Self {
+            macs: [mac(addresses.to), mac(addresses.from)],
+            ips: [ip(addresses.to), ip(addresses.from)],
+            at_8: head.word(8) & !0xffff_ffff,
+            at_20: id_to_ttl,
+            at_28: head.word(28) & 0xffff << 48,
+            // Bytes 14 to 21, and 22 and 23 of the frame: what comes before the checksum.
+            sum: halves(before) + (id_to_ttl >> 16) as u32,
+        }
+    }
+
+    #[inline(always)]
+    fn words(&self, source: u32, destination: u32) -> AddressWords {
+        let mac = |base: u64, index: u32| u64::from(index.to_be() >> 8) << 24 | base;
+        let ip = |base: u32, index: u32| (base | index & 0x3f_ffff).to_be();
+        let ([to, from], [dst, src]) = (self.macs, self.ips);
+        let (to, from) = (mac(to, destination), mac(from, source));
+        let (src, dst) = (ip(src, source), ip(dst, destination));
+        let sum = self.sum + (src & 0xffff) + (src >> 16) + (dst & 0xffff) + (dst >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let checksum = u64::from(!((sum & 0xffff) + (sum >> 16)) as u16);
+        AddressWords {
             at_0: to | from << 48,
-            at_8: from >> 16 | head.word(8) & !0xffff_ffff,
-            at_20: head.word(20) & 0xffff_ffff | checksum << 32 | u64::from(src) << 48,
-            at_28: u64::from(src >> 16) | u64::from(dst) << 16 | head.word(28) & 0xffff << 48,
+            at_8: from >> 16 | self.at_8,
+            at_20: self.at_20 | checksum << 32 | u64::from(src) << 48,
+            at_28: u64::from(src >> 16) | u64::from(dst) << 16 | self.at_28,
             both: to.wrapping_add(from),
         }
     }
@@ -266,7 +293,7 @@ fn head(addresses: &Addresses, size: usize) -> [u8; SMALLEST] {
     h[36..38].copy_from_slice(&PORT.to_be_bytes());
     h[38..40].copy_from_slice(&(ip_len - 20).to_be_bytes());
     h[42..44].copy_from_slice(&MAGIC.to_le_bytes());
-    let words = AddressWords::new(addresses, &h, 0, 0);
+    let words = Constant::new(addresses, &h).words(0, 0);
     h[0..8].copy_from_slice(&words.at_0.to_le_bytes());
     h[8..16].copy_from_slice(&words.at_8.to_le_bytes());
     h[20..28].copy_from_slice(&words.at_20.to_le_bytes());

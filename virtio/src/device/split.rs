@@ -261,7 +261,7 @@ impl Ring for SplitRing {
     #[inline(always)]
     fn fetch(&mut self, want: usize) -> Result<usize, RingError> {
         let have = self.stock.len();
-        // The driver watches these lines: fetched now, they are here when they are to be written.
+        // The driver has read this line: fetched now, it is here when it is to be written.
         self.used.prefetch(self.used_next);
         if have >= want {
             return Ok(have);

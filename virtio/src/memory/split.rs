@@ -179,11 +179,11 @@ impl Used {
         };
     }
 
-    /// Starts fetching the lines that publishing element `position` will write.
+    /// Starts fetching the line that writing element `position` will write. Not that of the index: the driver watches it, and
+    /// would have it back before it is written.
     #[inline(always)]
     pub fn prefetch(&self, position: u16) {
         prefetch_write(self.at.wrapping_add(Self::offset(position & self.mask)));
-        prefetch_write(self.at);
     }
 
     /// Offset of element `position` (already masked) in the area.

@@ -24,6 +24,9 @@ pub trait Source {
     /// The frames lent last are not looked at any more.
     fn take_back(&mut self);
 
+    /// Its worker is about to sleep: what comes from now on must make the waker readable anew.
+    fn before_sleep(&mut self) {}
+
     /// Becomes readable when frames come in; `None`: none ever will.
     fn waker(&self) -> Option<BorrowedFd<'_>>;
 }

@@ -101,6 +101,10 @@ fn files(config: &Config, run_dir: &Path) -> Result<String> {
         |dirs: &[PathBuf]| dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
     let (read, sockets) = (list(&files.read), list(&files.sockets));
     let text = format!("read files only beneath {read}, make sockets only beneath {sockets}");
+    let text = match list(&files.write) {
+        write if write.is_empty() => text,
+        write => format!("{text}, write files beneath {write}"),
+    };
     let text = match list(&files.devices) {
         devices if devices.is_empty() => text,
         devices => format!("{text}, open {devices}"),
@@ -130,6 +134,12 @@ fn behind(port: &PortConfig) -> String {
         }
         Behind::Tap { device } => format!("be the tap {device}"),
         Behind::Packet { device } => format!("share the interface {device}"),
+        Behind::Pcap(files) => {
+            let path = |file: &PathBuf| file.display().to_string();
+            let replay = files.replay.as_ref().map(|file| format!("replay {}", path(file)));
+            let record = files.record.as_ref().map(|file| format!("record to {}", path(file)));
+            [replay, record].into_iter().flatten().collect::<Vec<_>>().join(", ")
+        }
         Behind::Null => "throw away what goes out".to_owned(),
     }
 }

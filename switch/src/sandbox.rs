@@ -53,7 +53,7 @@ impl Devices {
         match kind {
             PortKind::Tap => Self::TUN,
             PortKind::Packet => Self::PACKET,
-            PortKind::VhostUser | PortKind::Null => Self::empty(),
+            PortKind::VhostUser | PortKind::Pcap | PortKind::Null => Self::empty(),
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod confinement;
 mod crash;
+mod files;
 mod vm;
 mod world;
 

@@ -6,6 +6,7 @@
 mod message;
 pub mod null;
 pub mod packet;
+pub mod pcap;
 pub mod tap;
 
 use std::io;
@@ -26,6 +27,14 @@ pub enum OpenError {
     Down {
         /// The interface.
         name: String,
+    },
+    /// A file is not what it should be.
+    #[error("{}: {what}", .file.display())]
+    File {
+        /// The file.
+        file: std::path::PathBuf,
+        /// What is wrong with it.
+        what: String,
     },
     /// It is there, and cannot be had.
     #[error("interface {name}: {what}: {source}{remedy}")]

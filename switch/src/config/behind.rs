@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pmd::kernel::pcap::PcapOptions;
 use settings::Spanned;
 use settings::values::SocketName;
 
@@ -37,6 +38,8 @@ pub enum Behind {
         /// The interface's name.
         device: String,
     },
+    /// Files of frames.
+    Pcap(PcapOptions),
     /// Nothing.
     Null,
 }
@@ -65,6 +68,7 @@ impl Behind {
             Behind::VhostUser { .. } => PortKind::VhostUser,
             Behind::Tap { .. } => PortKind::Tap,
             Behind::Packet { .. } => PortKind::Packet,
+            Behind::Pcap(_) => PortKind::Pcap,
             Behind::Null => PortKind::Null,
         }
     }
@@ -89,14 +93,32 @@ impl Behind {
     pub fn device(&self) -> Option<&str> {
         match self {
             Behind::Tap { device } | Behind::Packet { device } => Some(device),
-            Behind::VhostUser { .. } | Behind::Null => None,
+            Behind::VhostUser { .. } | Behind::Pcap(_) | Behind::Null => None,
         }
     }
 
-    /// Whether both want the same socket or the same device, which only one can have.
+    /// The file that is written, if there is one.
+    pub fn writes(&self) -> Option<&Path> {
+        match self {
+            Behind::Pcap(files) => files.record.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The file that is read, if there is one.
+    pub fn reads(&self) -> Option<&Path> {
+        match self {
+            Behind::Pcap(files) => files.replay.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Whether both want the same socket, device or file to write, which only one can have.
     pub fn collides(&self, other: &Behind) -> bool {
         let same = |a: Option<&str>, b| a.is_some() && a == b;
-        self.socket().is_some() && self.socket() == other.socket() || same(self.device(), other.device())
+        self.socket().is_some() && self.socket() == other.socket()
+            || self.writes().is_some() && self.writes() == other.writes()
+            || same(self.device(), other.device())
     }
 }
 
@@ -145,17 +167,18 @@ impl PortReader<'_, '_> {
                 let device = self.device(place, name, device, kind);
                 if kind == PortKind::Tap { Behind::Tap { device } } else { Behind::Packet { device } }
             }
+            PortKind::Pcap => Behind::Pcap(self.files(place, name, at, keys)?),
             PortKind::Null => Behind::Null,
         };
         written.map(|_| behind)
     }
 
     fn refuse_keys_of_others(&mut self, place: &str, kind: PortKind, keys: &PortKeys) {
-        use PortKind::{Packet, Tap, VhostUser};
+        use PortKind::{Packet, Pcap, Tap, VhostUser};
         fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
             key.as_ref().map(Spanned::span)
         }
-        let rules: [Rule<'_>; 9] = [
+        let rules: [Rule<'_>; 13] = [
             ("socket", span(&keys.socket), &[VhostUser]),
             ("mode", span(&keys.mode), &[VhostUser]),
             ("socket_mode", span(&keys.socket_mode), &[VhostUser]),
@@ -165,6 +188,10 @@ impl PortReader<'_, '_> {
             ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap]),
             ("disable", span(&keys.disable), &[VhostUser, Tap]),
             ("device", span(&keys.device), &[Tap, Packet]),
+            ("replay", span(&keys.replay), &[Pcap]),
+            ("rate", span(&keys.rate), &[Pcap]),
+            ("repeat", span(&keys.repeat), &[Pcap]),
+            ("record", span(&keys.record), &[Pcap]),
         ];
         for (key, span, kinds) in rules {
             let Some(span) = span.filter(|_| !kinds.contains(&kind)) else { continue };
@@ -173,6 +200,53 @@ impl PortReader<'_, '_> {
                 format!("`{key}` works only with {}, not with {:?}", words.join(" or "), kind.word());
             self.problems.add(span, format!("{place}{message}: take it out"));
         }
+    }
+
+    /// The files of a pcap port.
+    fn files(
+        &mut self,
+        place: &str,
+        name: &str,
+        at: &Range<usize>,
+        keys: &mut PortKeys,
+    ) -> Option<PcapOptions> {
+        if keys.replay.is_none() && keys.record.is_none() {
+            let example = "a file to read, as in `replay = \"/tmp/in.pcap\"`, or `record` to write one";
+            keys.wrong.or_missing("replay", at.clone(), example, self.problems);
+            return None;
+        }
+        if keys.replay.is_none() {
+            let spans = [keys.rate.as_ref().map(Spanned::span), keys.repeat.as_ref().map(Spanned::span)];
+            for span in spans.into_iter().flatten() {
+                self.problems
+                    .add(span, format!("{place}`rate` and `repeat` say how to `replay`, and nothing is"));
+            }
+        }
+        let replay = keys.replay.take().map(|file| {
+            let path = self.run_dir.join(&file.get_ref().0);
+            if let Err(why) = self.surroundings.reads(&path) {
+                self.problems.add(file.span(), format!("{place}`replay`: {why}"));
+            }
+            path
+        });
+        let record = keys.record.take().map(|file| {
+            let (span, path) = (file.span(), self.run_dir.join(&file.get_ref().0));
+            if let Some((other, line)) = self.seen.records.get(&path) {
+                let message =
+                    format!("{} is written by port `{other}` on line {line} already", path.display());
+                self.problems.add(span.clone(), format!("{place}`record`: {message}"));
+            } else if replay.as_ref() == Some(&path) {
+                self.problems
+                    .add(span.clone(), format!("{place}`record`: this would empty the file to replay"));
+            } else if let Err(why) = self.surroundings.writes(&path) {
+                self.problems.add(span.clone(), format!("{place}`record`: {why}"));
+            }
+            let line = self.problems.line(&span);
+            self.seen.records.entry(path.clone()).or_insert((name.to_owned(), line));
+            path
+        });
+        let rate = keys.rate.take().map(|rate| rate.into_inner().get());
+        Some(PcapOptions { replay, rate, repeat: value_or(keys.repeat.take(), false), record })
     }
 
     /// Of the features, a tap has the offloads.

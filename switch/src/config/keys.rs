@@ -8,10 +8,11 @@ use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, Socke
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
 use super::values::{
-    DeviceName, FeatureName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
+    DeviceName, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId,
+    VlanRange,
 };
 
-plain!(DeviceName, FeatureName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(DeviceName, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.
@@ -44,6 +45,14 @@ keys! {
         kind: PortKind,
         /// The network interface behind a tap or a packet socket.
         device: DeviceName,
+        /// A pcap file whose frames come in; a relative path lies in the run directory.
+        replay: FileName,
+        /// Frames a second of `replay`.
+        rate: FrameRate,
+        /// Whether `replay` begins anew at its end.
+        repeat: bool,
+        /// A pcap file that is written of what goes out; a relative path lies in the run directory.
+        record: FileName,
         /// The UNIX socket; a relative path lies in the run directory.
         socket: SocketName,
         /// Whether we listen on the socket or connect to it.

@@ -36,6 +36,18 @@ pub trait Surroundings {
     /// We cannot, and why.
     fn socket(&self, path: &Path, side: SocketSide) -> Result<(), String>;
 
+    /// Whether we can read the file at `path`.
+    ///
+    /// # Errors
+    /// We cannot, and why.
+    fn reads(&self, path: &Path) -> Result<(), String>;
+
+    /// Whether we can make or empty the file at `path`.
+    ///
+    /// # Errors
+    /// We cannot, and why.
+    fn writes(&self, path: &Path) -> Result<(), String>;
+
     /// Whether ports of this kind can have devices here.
     ///
     /// # Errors
@@ -54,11 +66,22 @@ pub struct ThisMachine {
     confined: Option<Confined>,
 }
 
+/// Directories with all that lies beneath, and device and inode of each when the switch started.
+type Known = Vec<(PathBuf, (u64, u64))>;
+
+fn known(directories: &[PathBuf]) -> Known {
+    directories.iter().filter_map(|dir| Some((dir.clone(), identity(dir)?))).collect()
+}
+
 /// What a switch that runs is confined to.
 #[derive(Clone, Debug)]
 struct Confined {
-    /// Where sockets can be made, with device and inode of each directory; `None`: wherever permissions allow.
-    directories: Option<Vec<(PathBuf, (u64, u64))>>,
+    /// Where sockets can be made; `None`: wherever permissions allow.
+    sockets: Option<Known>,
+    /// Where files can be read.
+    read: Option<Known>,
+    /// Where files can be written.
+    write: Option<Known>,
     /// What kinds of devices it may open.
     devices: Devices,
 }
@@ -89,10 +112,13 @@ impl ThisMachine {
             }
         }
         drop(groups);
-        let directories = files.map(|files| {
-            files.sockets.iter().filter_map(|dir| Some((dir.clone(), identity(dir)?))).collect()
-        });
-        Self { confined: Some(Confined { directories, devices }), ..self.clone() }
+        let confined = Confined {
+            sockets: files.map(|files| known(&files.sockets)),
+            read: files.map(|files| known(&files.read)),
+            write: files.map(|files| known(&files.write)),
+            devices,
+        };
+        Self { confined: Some(confined), ..self.clone() }
     }
 
     /// The same machine when this process listens on these sockets: that they answer is no problem.
@@ -122,12 +148,9 @@ impl ThisMachine {
         }
     }
 
-    /// Whether a running switch can make sockets in `dir`: one of its directories, or one beneath.
-    fn reaches(&self, dir: &Path) -> Result<(), String> {
-        let Some(directories) = self.confined.as_ref().and_then(|confined| confined.directories.as_ref())
-        else {
-            return Ok(());
-        };
+    /// Whether a running switch can use `dir` as it uses the directories of `list`: it is one of them, or beneath one.
+    fn reaches(&self, dir: &Path, list: fn(&Confined) -> Option<&Known>) -> Result<(), String> {
+        let Some(directories) = self.confined.as_ref().and_then(list) else { return Ok(()) };
         let real = std::fs::canonicalize(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
         let known =
             |dir: &Path| identity(dir).is_some_and(|id| directories.iter().any(|known| known.1 == id));
@@ -188,7 +211,7 @@ impl Surroundings for ThisMachine {
             return Err(format!("directory {} is not permitted to user {whom}: see ls -ld", dir.display()));
         }
         if side == SocketSide::Server {
-            self.reaches(dir)?;
+            self.reaches(dir, |confined| confined.sockets.as_ref())?;
         }
         let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
         if !found.file_type().is_socket() {
@@ -205,6 +228,24 @@ impl Surroundings for ThisMachine {
             ));
         }
         Ok(())
+    }
+
+    fn reads(&self, path: &Path) -> Result<(), String> {
+        self.reaches(directory_of(path).unwrap_or(Path::new(".")), |confined| confined.read.as_ref())?;
+        if !path.is_file() {
+            return Err(format!("{} is not there, or is no file", path.display()));
+        }
+        nix::unistd::access(path, AccessFlags::R_OK).map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    fn writes(&self, path: &Path) -> Result<(), String> {
+        let dir = directory_of(path).unwrap_or(Path::new("."));
+        self.reaches(dir, |confined| confined.write.as_ref())?;
+        if path.exists() && !path.is_file() {
+            return Err(format!("{} exists and is no file: choose another", path.display()));
+        }
+        let place = if path.exists() { path } else { dir };
+        nix::unistd::access(place, AccessFlags::W_OK).map_err(|error| format!("{}: {error}", place.display()))
     }
 
     fn device(&self, name: &str, kind: PortKind) -> Result<(), String> {

@@ -24,6 +24,14 @@ impl Surroundings for Lab {
         if path.ends_with("busy.sock") { Err("is in use".to_owned()) } else { Ok(()) }
     }
 
+    fn reads(&self, path: &Path) -> Result<(), String> {
+        if path.ends_with("gone.pcap") { Err("is not there".to_owned()) } else { Ok(()) }
+    }
+
+    fn writes(&self, path: &Path) -> Result<(), String> {
+        if path.ends_with("locked.pcap") { Err("is not permitted".to_owned()) } else { Ok(()) }
+    }
+
     fn device(&self, name: &str, _: PortKind) -> Result<(), String> {
         if name == "tap7" { Err("there are no taps here".to_owned()) } else { Ok(()) }
     }
@@ -288,6 +296,21 @@ fn each_kind_of_port_has_keys_of_its_own() {
         (
             "kind = 'vhost-user'\nsocket = 's'\ndevice = 'tap0'",
             "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"`, not with \"vhost-user\": take it out",
+        ),
+        (
+            "kind = 'pcap'",
+            "test.toml:3:1: [[port]] needs `replay`: a file to read, as in `replay = \"/tmp/in.pcap\"`",
+        ),
+        (
+            "kind = 'pcap'\nrecord = 'o'\nrate = 5",
+            "test.toml:7:8: port `a`: `rate` and `repeat` say how to `replay`",
+        ),
+        ("kind = 'pcap'\nreplay = 'gone.pcap'", "test.toml:6:10: port `a`: `replay`: is not there"),
+        ("kind = 'pcap'\nrecord = 'locked.pcap'", "test.toml:6:10: port `a`: `record`: is not permitted"),
+        ("kind = 'pcap'\nreplay = 'f'\nrecord = 'f'", "`record`: this would empty the file to replay"),
+        (
+            "kind = 'pcap'\nrecord = 'f'\n[[port]]\nname = 'b'\nkind = 'pcap'\nrecord = 'f'",
+            "`record`: /run/cableway/f is written by port `a` on line 6 already",
         ),
         (
             "kind = 'null'\nqueue_pairs = 2",

@@ -132,6 +132,7 @@ pub(super) fn value_or<T>(written: Option<Spanned<T>>, default: T) -> T {
 pub(super) struct Seen {
     names: HashMap<String, usize>,
     pub(super) sockets: HashMap<PathBuf, (String, usize)>,
+    pub(super) records: HashMap<PathBuf, (String, usize)>,
     pub(super) devices: HashMap<String, (String, usize)>,
     addresses: HashMap<StaticAddress, (String, usize)>,
 }

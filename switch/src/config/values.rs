@@ -23,6 +23,13 @@ text! {
         _ => Ok(text.to_owned()),
     };
 
+    /// A file.
+    FileName(String), "a path in quotes", |text| match text {
+        "" => Err("the path is empty".to_owned()),
+        _ if text.contains('\0') => Err(format!("{text:?}: a path holds no zero byte")),
+        _ => Ok(text.to_owned()),
+    };
+
     /// A network interface (Linux, dev_valid_name).
     DeviceName(String), "an interface's name in quotes", |text| {
         let odd = |c: char| c.is_whitespace() || c.is_control() || "/:%".contains(c);
@@ -74,6 +81,8 @@ words! {
         Tap = "tap",
         /// Any Ethernet interface of this machine, by a packet socket.
         Packet = "af_packet",
+        /// Files of frames: one that comes in, one that is written of what goes out.
+        Pcap = "pcap",
         /// Nothing: what goes out is gone, and nothing comes in.
         Null = "null",
     }

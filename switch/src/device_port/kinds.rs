@@ -3,6 +3,7 @@
 use pmd::kernel::OpenError;
 use pmd::kernel::null::{NullSink, NullSource};
 use pmd::kernel::packet::{self, PacketSink, PacketSource};
+use pmd::kernel::pcap::{self, PcapSink, PcapSource};
 use pmd::kernel::tap::{self, TapOptions, TapSink, TapSource};
 
 use crate::config::{Behind, PortConfig};
@@ -12,6 +13,7 @@ use crate::runtime::OFFERED;
 pub(crate) enum Sources {
     Tap(TapSource),
     Packet(PacketSource),
+    Pcap(PcapSource),
     Null(NullSource),
 }
 
@@ -19,6 +21,7 @@ pub(crate) enum Sources {
 pub(crate) enum Sinks {
     Tap(TapSink),
     Packet(PacketSink),
+    Pcap(PcapSink),
     Null(NullSink),
 }
 
@@ -28,6 +31,7 @@ macro_rules! each {
         match $device {
             $kinds::Tap($queue) => $act,
             $kinds::Packet($queue) => $act,
+            $kinds::Pcap($queue) => $act,
             $kinds::Null($queue) => $act,
         }
     };
@@ -55,6 +59,10 @@ pub(crate) fn open(config: &PortConfig, create: bool) -> Result<Opened, OpenErro
             let (source, sink) = packet::open(device)?;
             let features = sink.features();
             Ok((vec![(Sources::Packet(source), Sinks::Packet(sink))], features))
+        }
+        Behind::Pcap(files) => {
+            let (source, sink) = pcap::open(files)?;
+            Ok((vec![(Sources::Pcap(source), Sinks::Pcap(sink))], 0))
         }
         Behind::Null | Behind::VhostUser { .. } => {
             let queue = |_| (Sources::Null(NullSource), Sinks::Null(NullSink));

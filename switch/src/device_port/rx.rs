@@ -87,6 +87,7 @@ impl DeviceRx {
         let Some(receiving) = entered.ring.as_mut().filter(|r| !r.broken) else { return false };
         let Some(wake) = &mut receiving.wake else { return false };
         wake.watch(sleeper);
+        each!(Sources, &mut receiving.source, s => s.before_sleep());
         // What came since the device last had nothing is heard: each arrival is an event, and so is the first watch.
         receiving.look(&self.port, 1) > 0
     }

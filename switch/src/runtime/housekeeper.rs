@@ -13,7 +13,7 @@ use super::placement::{Queue, load, place, rebalance};
 use super::ports::{self, RunningPort};
 use super::{ApplyError, PortView, Shared, StartError, View};
 use crate::bridge::{Clock, MAX_PORTS, PlanError};
-use crate::config::{Config, Idle, PortConfig};
+use crate::config::{Behind, Config, Idle, PortConfig};
 use crate::control::report::ReloadReport;
 use crate::events::{Event, Events};
 use crate::plan::{Devices, Plan};
@@ -135,8 +135,11 @@ impl Housekeeper {
     /// A device failed: its port stops until it can be opened again.
     fn device_gone(&mut self, number: u16, reason: &str) {
         let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
-        let device = port.config.behind.device().unwrap_or_default().to_owned();
-        self.stop_port(number, &format!("interface {device} is gone or down ({reason})"));
+        let text = match &port.config.behind {
+            Behind::Pcap(_) => format!("recording ended ({reason}); to go on, take the port out and reload"),
+            other => format!("interface {} is gone or down ({reason})", other.device().unwrap_or_default()),
+        };
+        self.stop_port(number, &text);
     }
 
     /// Opens devices that are there again.
@@ -144,6 +147,9 @@ impl Housekeeper {
         let mut opened = false;
         for running in &mut self.ports {
             let Attached::Device(port) = &running.port else { continue };
+            if running.config.behind.device().is_none() {
+                continue; // files do not come back, and opening one anew would empty it
+            }
             if port.shared.state() == PortState::Up && !port.shared.broken.load(Ordering::Acquire)
                 || running.tried.elapsed() < REOPEN
             {

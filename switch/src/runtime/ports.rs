@@ -96,7 +96,7 @@ pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<
             let session = session.map_err(|source| StartError::Port { port: name, source })?;
             (Attached::Guest(port), Some(session))
         }
-        Behind::Tap { .. } | Behind::Packet { .. } | Behind::Null => {
+        Behind::Tap { .. } | Behind::Packet { .. } | Behind::Pcap(_) | Behind::Null => {
             let port = DevicePort::new(number, &config.name, config.queue_pairs, events.clone());
             match port.open(config, true) {
                 Ok(()) => {}

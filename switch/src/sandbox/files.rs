@@ -46,6 +46,8 @@ pub struct FileAccess {
     pub read: Vec<PathBuf>,
     /// Where it makes and removes sockets.
     pub sockets: Vec<PathBuf>,
+    /// Where it makes files, empties and writes them.
+    pub write: Vec<PathBuf>,
     /// Devices that it opens to read and write.
     pub devices: Vec<PathBuf>,
 }
@@ -66,11 +68,14 @@ impl FileAccess {
         let ours = config.ports.iter().filter_map(|port| port.behind.listens_on());
         sockets.extend(ours.filter_map(|socket| Some(directory_of(socket)?.to_owned())));
         let tun = Devices::of(config).contains(Devices::TUN).then(|| PathBuf::from(TUN));
-        for list in [&mut read, &mut sockets] {
+        let directory = |file: &Path| directory_of(file).map(Path::to_owned);
+        read.extend(config.ports.iter().filter_map(|p| directory(p.behind.reads()?)));
+        let mut write: Vec<_> = config.ports.iter().filter_map(|p| directory(p.behind.writes()?)).collect();
+        for list in [&mut read, &mut sockets, &mut write] {
             list.sort_unstable();
             list.dedup();
         }
-        Some(Self { read, sockets, devices: tun.into_iter().collect() })
+        Some(Self { read, sockets, write, devices: tun.into_iter().collect() })
     }
 
     /// Holds the calling thread, and those that it starts later, to these directories.
@@ -89,6 +94,7 @@ impl FileAccess {
     fn restrict(&self) -> Result<RestrictionStatus, landlock::RulesetError> {
         let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
         let sockets: BitFlags<AccessFs> = AccessFs::MakeSock | AccessFs::RemoveFile;
+        let write = AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate;
         let devices = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
         // Directories that are not there are left out.
         Ruleset::default()
@@ -97,6 +103,7 @@ impl FileAccess {
             .create()?
             .add_rules(path_beneath_rules(&self.read, read))?
             .add_rules(path_beneath_rules(&self.sockets, sockets))?
+            .add_rules(path_beneath_rules(&self.write, write))?
             .add_rules(path_beneath_rules(&self.devices, devices))?
             .restrict_self()
     }

@@ -313,6 +313,7 @@ fn the_files_of_a_configuration_are_where_it_lies_where_its_sockets_are_and_the_
     let wanted = FileAccess {
         read: vec!["/sys/devices/system".into(), at("etc"), at("real")],
         sockets: vec![at("run"), at("vms")],
+        write: vec![],
         devices: vec![],
     };
     assert_eq!(files(&text("")), Some(wanted));
@@ -332,6 +333,7 @@ fn a_thread_held_to_its_files_reads_its_directories_makes_its_sockets_and_nothin
     let files = FileAccess {
         read: vec!["/sys/devices/system".into(), at("etc")],
         sockets: vec![at("run")],
+        write: vec![],
         devices: vec![],
     };
     let step = std::sync::Barrier::new(2);

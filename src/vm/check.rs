@@ -99,6 +99,12 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
     if !exits(false).is_empty() {
         writeln!(text, "  note: KVM here refuses to let {} go without an exit", exits(false))?;
     }
+    for card in &config.net {
+        let how = if card.listen { "listen on" } else { "connect to" };
+        let wait = if card.wait { " and wait for it" } else { "" };
+        let mac = card.mac.map(|byte| format!("{byte:02x}")).join(":");
+        writeln!(text, "  {how} {}{wait}: network card {} ({mac})", card.socket.display(), card.name)?;
+    }
     writeln!(text, "  connect the serial console to {}", config.serial)?;
     let reboot = match config.on_reboot {
         OnReboot::Restart => "start again",

@@ -47,12 +47,17 @@ macro_rules! keys {
         #[derive(Args)]
         struct Keys {
             $($(#[doc = $doc])+ #[arg(long, value_name = $value, help_heading = "Instead of a FILE")] $key: Option<String>,)+
+            /// A network card, as often as there are cards: vhost-user,socket=PATH, and mac, mode, queue_size, mtu, packed, wait.
+            #[arg(long, value_name = "CARD", help_heading = "Instead of a FILE")]
+            net: Vec<String>,
         }
 
         impl Keys {
             /// Keys with the values that were given.
             fn given(self) -> Vec<(&'static str, String)> {
-                [$((stringify!($key), self.$key),)+].into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+                let cards = self.net.into_iter().map(|card| ("net", card));
+                let keys = [$((stringify!($key), self.$key),)+];
+                keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(cards).collect()
             }
         }
     };
@@ -142,9 +147,10 @@ mod tests {
         }
         let given =
             Command::try_parse_from(words).unwrap_or_else(|error| panic!("{error}")).args.keys.given();
-        assert_eq!(
-            given.iter().map(|(key, _)| *key).collect::<Vec<_>>(),
-            keys.map(|(_, key)| key).collect::<Vec<_>>()
-        );
+        let (mut given, mut keys): (Vec<_>, Vec<_>) =
+            (given.iter().map(|(key, _)| *key).collect(), keys.map(|(_, key)| key).collect());
+        given.sort_unstable();
+        keys.sort_unstable();
+        assert_eq!(given, keys);
     }
 }

@@ -8,11 +8,14 @@ pub mod boot;
 pub mod config;
 mod console;
 mod device;
+mod interrupts;
 mod layout;
 pub mod machine;
 pub mod memory;
+mod net;
 mod pci;
 pub mod preflight;
 mod vcpu;
+mod virtio_pci;
 
 pub use vcpu::exits::{ExitCounters, ExitReason};

@@ -20,12 +20,15 @@ use crate::config::{Config, SerialTo};
 use crate::console::Console;
 use crate::device::Devices;
 use crate::device::serial::SerialPort;
+use crate::interrupts::Interrupts;
 use crate::memory::{GuestMemory, GuestMemoryError};
+use crate::net::{Net, NetError};
 use crate::pci::PciBus;
 use crate::preflight::{Preflight, PreflightError, bit};
 use crate::vcpu::cpuid::{Choices, Model};
 use crate::vcpu::exits::{ExitCounters, ExitReason};
 use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
+use crate::virtio_pci::{BAR_SIZE, VirtioPci};
 use crate::{acpi, layout};
 
 /// Why a machine did not start.
@@ -48,6 +51,9 @@ pub enum StartError {
         /// What it said.
         source: kvm_ioctls::Error,
     },
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The serial console cannot be opened.
     #[error(transparent)]
     Console(std::io::Error),
@@ -137,8 +143,8 @@ pub struct Machine {
     devices: Option<Arc<Devices>>,
     console: Option<Console>,
     button: EventFd,
-    _vm: VmFd,
-    _memory: GuestMemory,
+    vm: Arc<VmFd>,
+    _memory: Arc<GuestMemory>,
     events: Receiver<Event>,
     requests: Receiver<Request>,
     remote: Remote,
@@ -159,8 +165,8 @@ impl Machine {
         for exit in preflight.refused_exits() {
             tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
         }
-        let memory = GuestMemory::new(config)?;
-        let vm = preflight.kvm.create_vm().map_err(kvm("create a machine"))?;
+        let memory = Arc::new(GuestMemory::new(config)?);
+        let vm = Arc::new(preflight.kvm.create_vm().map_err(kvm("create a machine"))?);
         prepare(&vm, config, &preflight)?;
         memory.attach(&vm)?;
 
@@ -186,6 +192,8 @@ impl Machine {
             Ok(line)
         };
         let button = line(layout::EVENT_IRQ)?;
+        // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
+        let bus = bus(config, &vm, &memory)?;
         let (mut console, port) = match Console::open(&config.serial).map_err(StartError::Console)? {
             Some((console, output)) => {
                 let port = SerialPort::new(line(layout::SERIAL_IRQ)?, output);
@@ -196,14 +204,14 @@ impl Machine {
         if let (Some(console), Some(port), SerialTo::Stdio) = (&mut console, &port, &config.serial) {
             console.listen(port.clone(), event_sender.clone()).map_err(StartError::Console)?;
         }
-        let devices = Arc::new(Devices::new(port, PciBus::new()));
+        let devices = Arc::new(Devices::new(port, bus));
 
         let mut machine = Self {
             vcpus: Vec::new(),
             devices: Some(devices.clone()),
             console,
             button,
-            _vm: vm,
+            vm,
             _memory: memory,
             events,
             requests,
@@ -213,7 +221,7 @@ impl Machine {
         // Every vCPU exists before the first one runs: the first one looks for the others. `gate` is closed by its drop.
         let (gate, closed) = bounded::<()>(0);
         for number in numbers {
-            let fd = machine._vm.create_vcpu(config.topology.apic_id(number).into());
+            let fd = machine.vm.create_vcpu(config.topology.apic_id(number).into());
             let fd = fd.map_err(kvm("create a vCPU"))?;
             let cpuid = model.of_vcpu(number).map_err(|_| StartError::Kvm {
                 doing: "describe a vCPU",
@@ -299,6 +307,20 @@ impl Drop for Machine {
             console.close();
         }
     }
+}
+
+/// The PCI bus with all functions, their BARs side by side from the start of the window.
+fn bus(config: &Config, vm: &Arc<VmFd>, memory: &Arc<GuestMemory>) -> Result<PciBus, StartError> {
+    let interrupts = Arc::new(Interrupts::new(vm.clone()));
+    let mut bus = PciBus::new();
+    for (n, card) in (0..).zip(&config.net) {
+        let net = Box::new(Net::new(card, memory.clone())?);
+        let bar = layout::PCI_WINDOW_32.start as u32 + n * BAR_SIZE;
+        let function =
+            VirtioPci::new(net, bar, memory.clone(), interrupts.clone()).map_err(NetError::from)?;
+        bus.add(Arc::new(function));
+    }
+    Ok(bus)
 }
 
 /// What has to be said before the first vCPU exists.

@@ -4,6 +4,7 @@
 //! guest starts: no access fails later for want of memory. Never hands out references to the bytes: the guest changes them.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
 use host::memory::{MemoryError, Pages, SharedMemory};
 use kvm_bindings::kvm_userspace_memory_region;
@@ -128,6 +129,24 @@ impl GuestMemory {
     /// The memory as rust-vmm's crates want to see it.
     pub fn view(&self) -> &GuestMemoryMmap {
         &self.view
+    }
+
+    /// Where `len` bytes at a guest-physical address are in this process; `None` unless all of them are memory, in one
+    /// region.
+    pub fn host_address(&self, address: u64, len: u64) -> Option<u64> {
+        let end = address.checked_add(len)?;
+        let region = self.regions.iter().find(|r| r.guest.contains(&address) && end <= r.guest.end)?;
+        Some(region.host + (address - region.guest.start))
+    }
+
+    /// All of it, to share.
+    pub fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    /// The file that all regions lie in.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.backing.file()
     }
 
     /// Bytes of memory.

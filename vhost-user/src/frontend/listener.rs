@@ -1,6 +1,6 @@
 //! A front end that listens: the back end connects to it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -41,5 +41,12 @@ impl FrontEndListener {
             }
             readable(self.socket.listener.as_fd(), left);
         }
+    }
+}
+
+impl AsFd for FrontEndListener {
+    /// The listening socket, to wait for a back end beside other things.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.listener.as_fd()
     }
 }

@@ -18,20 +18,39 @@ const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
 /// Keys with named values: `sockets=1,cores=2`.
 const TABLES: &[&str] = &["topology"];
 
+/// Keys that may be given again and again: a list of tables, whose first part is the `kind`.
+const CARDS: &[&str] = &["net"];
+
 /// Reads `flags`: keys of `[vm]` with their values.
 pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
     let mut text = "[vm]\n".to_owned();
-    for (key, value) in flags {
+    let pair = |part: &str| match part.split_once('=') {
+        Some((name, value)) => format!("{} = {}", quoted(name.trim()), plain(value)),
+        None => format!("{} = \"\"", quoted(part.trim())),
+    };
+    for key in CARDS {
+        let of_key = flags.iter().filter(|(name, _)| name == key);
+        let tables: Vec<_> = of_key
+            .map(|(_, value)| {
+                let mut parts = value.split(',').filter(|part| !part.trim().is_empty());
+                let kind = parts.next().map(|kind| match kind.contains('=') {
+                    true => pair(kind),
+                    false => format!("kind = {}", quoted(kind.trim())),
+                });
+                format!("{{ {} }}", kind.into_iter().chain(parts.map(pair)).collect::<Vec<_>>().join(", "))
+            })
+            .collect();
+        if !tables.is_empty() {
+            let _ = writeln!(text, "{key} = [{}]", tables.join(", "));
+        }
+    }
+    for (key, value) in flags.iter().filter(|(key, _)| !CARDS.contains(key)) {
         let parts = || value.split(',').filter(|part| !part.trim().is_empty());
         let value = if TEXTS.contains(key) {
             quoted(value)
         } else if LISTS.contains(key) {
             format!("[{}]", parts().map(plain).collect::<Vec<_>>().join(", "))
         } else if TABLES.contains(key) {
-            let pair = |part: &str| match part.split_once('=') {
-                Some((name, value)) => format!("{} = {}", quoted(name.trim()), plain(value)),
-                None => format!("{} = \"\"", quoted(part.trim())),
-            };
             format!("{{ {} }}", parts().map(pair).collect::<Vec<_>>().join(", "))
         } else {
             plain(value)
@@ -47,9 +66,13 @@ pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
     })
 }
 
-/// A number or a truth value as it is, anything else in quotes.
+/// A number or a truth value (`true`, `on`, `yes`) as it is, anything else in quotes.
 fn plain(value: &str) -> String {
-    let value = value.trim();
+    let value = match value.trim() {
+        "on" | "yes" => "true",
+        "off" | "no" => "false",
+        other => other,
+    };
     match value.parse::<i64>().is_ok() && !value.starts_with('+') || matches!(value, "true" | "false") {
         true => value.parse::<i64>().map_or_else(|_| value.to_owned(), |number| number.to_string()),
         false => quoted(value),

@@ -2,13 +2,13 @@
 //!
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
-use settings::values::{Bounded, CoreNumber, Memory, Name};
+use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
 use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
-use super::values::{CommandLine, DisabledExit, FileName, OnReboot, PageSize, SerialName};
+use super::values::{CommandLine, DisabledExit, FileName, NetKind, NetMode, OnReboot, PageSize, SerialName};
 
-plain!(CommandLine, DisabledExit, FileName, OnReboot, PageSize, SerialName);
+plain!(CommandLine, DisabledExit, FileName, NetKind, NetMode, OnReboot, PageSize, SerialName);
 
 /// Some vCPUs, or parts of their topology.
 pub(super) type VcpuCount = Bounded<1, { MAX_VCPUS as i64 }>;
@@ -50,6 +50,8 @@ keys! {
         hint_dedicated: bool,
         /// Whether the guest has performance counters.
         pmu: bool,
+        /// Network cards.
+        net: Vec<Spanned<NetKeys>>,
         /// Where the serial console goes.
         serial: SerialName,
         /// What a reset by the guest does.
@@ -71,10 +73,34 @@ keys! {
     }
 }
 
-nested!(TopologyKeys);
+keys! {
+    /// One of `net`: `[[vm.net]]`.
+    NetKeys in "`net`" {
+        /// What is behind it.
+        kind: NetKind,
+        /// What it is called in logs.
+        name: Name,
+        /// The back end's UNIX socket.
+        socket: SocketName,
+        /// Whether we connect to it or listen on it.
+        mode: NetMode,
+        /// The card's address.
+        mac: HardwareAddress,
+        /// Entries of each queue.
+        queue_size: Bounded<16, 4_096>,
+        /// The largest layer-3 packet, told to the guest.
+        mtu: Bounded<68, 65_535>,
+        /// Whether packed rings are offered.
+        packed: bool,
+        /// Whether the guest starts only when the back end is there.
+        wait: bool,
+    }
+}
+
+nested!(NetKeys, TopologyKeys);
 
 /// All keys of the vocabulary: (table, key). Documentation and the flags are checked against it.
 pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
     let of = |table: &'static str, keys: &'static [&'static str]| keys.iter().map(move |key| (table, *key));
-    of("vm", VmKeys::KEYS).chain(of("topology", TopologyKeys::KEYS)).collect()
+    of("vm", VmKeys::KEYS).chain(of("topology", TopologyKeys::KEYS)).chain(of("net", NetKeys::KEYS)).collect()
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
-pub use values::{DisabledExit, OnReboot, PageSize, SerialTo};
+pub use values::{DisabledExit, NetKind, NetMode, OnReboot, PageSize, SerialTo};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
 pub const MAX_VCPUS: u32 = 254;
@@ -55,12 +55,35 @@ pub struct Config {
     pub hint_dedicated: bool,
     /// Whether the guest has performance counters.
     pub pmu: bool,
+    /// Network cards, in the order in which the guest finds them.
+    pub net: Vec<NetConfig>,
     /// Where the serial console goes.
     pub serial: SerialTo,
     /// What a reset by the guest does.
     pub on_reboot: OnReboot,
     /// How long a guest may take to shut down when asked.
     pub shutdown_timeout: Duration,
+}
+
+/// One of `net`: a network card whose data path is a vhost-user back end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// In logs.
+    pub name: String,
+    /// The back end's socket.
+    pub socket: PathBuf,
+    /// Whether we listen on it.
+    pub listen: bool,
+    /// The card's address.
+    pub mac: [u8; 6],
+    /// Entries of each queue: a power of two.
+    pub queue_size: u16,
+    /// The largest layer-3 packet, if the guest is told one.
+    pub mtu: Option<u16>,
+    /// Whether packed rings are offered.
+    pub packed: bool,
+    /// Whether the guest starts only when the back end is there.
+    pub wait: bool,
 }
 
 /// Sockets of cores of threads.

@@ -93,6 +93,29 @@ fn flags_mean_what_the_same_keys_mean_in_a_file() {
 }
 
 #[test]
+fn cards_are_tables_or_flags_with_a_socket_and_an_address_of_their_own() {
+    let config = parse("kernel = 'k'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = 'a'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = '/b'\nmode = 'server'").unwrap();
+    let [first, second] = config.net.as_slice() else { panic!("{:?}", config.net) };
+    assert_eq!((first.name.as_str(), first.socket.as_path()), ("net0", Path::new("machines/a")));
+    assert!(first.wait && !first.listen && second.listen && first.mac != second.mac);
+    let cards = ["vhost-user,socket=/a,packed=on,mtu=9000", "vhost-user,socket=/b,wait=never"];
+    let mut flags = vec![("kernel", "k".to_owned())];
+    flags.extend(cards.map(|card| ("net", card.to_owned())));
+    let text = Config::from_flags(&flags).unwrap_err().to_string();
+    assert!(text.contains("`wait`: string \"never\""), "{text}");
+    flags[2].1 = "vhost-user,socket=/b,wait=no".to_owned();
+    let config = Config::from_flags(&flags).unwrap();
+    assert!(config.net[0].packed && config.net[0].mtu == Some(9000) && !config.net[1].wait);
+    assert!(problem("net = [{ kind = 'tap', socket = 'x' }]").2.contains("there is only `vhost-user`"));
+    assert!(problem("net = [{ kind = 'vhost-user' }]").2.contains("needs `socket`"));
+    assert!(
+        problem("net = [{ kind = 'vhost-user', socket = 'x', queue_size = 100 }]")
+            .2
+            .contains("no power of two")
+    );
+}
+
+#[test]
 fn any_flag_gives_a_configuration_or_problems_and_never_a_panic() {
     let values = [
         "",

@@ -7,14 +7,17 @@ use std::time::Duration;
 use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
-use super::keys::{TopologyKeys, VmKeys};
-use super::values::{OnReboot, PageSize, SerialTo};
-use super::{Config, MAX_VCPUS, Topology};
+use super::keys::{NetKeys, TopologyKeys, VmKeys};
+use super::values::{NetMode, OnReboot, PageSize, SerialTo};
+use super::{Config, MAX_VCPUS, NetConfig, Topology};
 
 const CMDLINE: &str = "console=ttyS0";
 const MEMORY: u64 = 512 << 20;
 const MEMORY_LEAST: u64 = 2 << 20;
 const MEMORY_MOST: u64 = 16 << 40;
+const QUEUE_SIZE: u16 = 256;
+/// Devices of a PCI bus, without the host bridge.
+const MAX_CARDS: usize = 31;
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Validates a whole document. `None` when something essential was wrong.
@@ -78,6 +81,19 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
     let mut disable_exits: Vec<_> =
         keys.disable_exits.into_iter().flat_map(Spanned::into_inner).map(Spanned::into_inner).collect();
     disable_exits.dedup();
+    let mut net: Vec<NetConfig> = Vec::new();
+    for card in keys.net.into_iter().flat_map(Spanned::into_inner) {
+        let span = card.span();
+        if let Some(config) = self::net(card.into_inner(), &span, net.len(), problems) {
+            if net.iter().any(|other| other.mac == config.mac) {
+                problems.add(span.clone(), "`net`: another card has this `mac` already");
+            }
+            net.push(config);
+        }
+    }
+    if net.len() > MAX_CARDS {
+        problems.add_general(format!("`net`: {} cards, a machine has at most {MAX_CARDS}", net.len()));
+    }
     let directory = file.parent();
     // Paths in a file are relative to it, so that a machine can be started from anywhere.
     let resolve = |path: &Path| directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
@@ -97,6 +113,7 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         disable_exits,
         halt_poll: keys.halt_poll_us.map(|us| Duration::from_micros(us.get_ref().get())),
         hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
+        net: net.into_iter().map(|card| NetConfig { socket: resolve(&card.socket), ..card }).collect(),
         pmu: keys.pmu.is_none_or(Spanned::into_inner),
         serial: match keys.serial.map(|serial| serial.into_inner().0) {
             Some(SerialTo::File(path)) => SerialTo::File(resolve(&path)),
@@ -106,6 +123,34 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         shutdown_timeout: keys
             .shutdown_timeout
             .map_or(SHUTDOWN_TIMEOUT, |seconds| Duration::from_secs(seconds.get_ref().get())),
+    })
+}
+
+/// One of `net`.
+fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<'_>) -> Option<NetConfig> {
+    if keys.kind.is_none() {
+        keys.wrong.or_missing("kind", at.clone(), "`kind = \"vhost-user\"`", problems);
+    }
+    if keys.socket.is_none() {
+        keys.wrong.or_missing("socket", at.clone(), "the back end's, as in `socket = \"v0.sock\"`", problems);
+    }
+    let queue_size = keys.queue_size.map_or(QUEUE_SIZE, |size| {
+        let number: u16 = size.get_ref().get();
+        if !number.is_power_of_two() {
+            problems.add(size.span(), format!("`queue_size`: {number} is no power of two"));
+        }
+        number
+    });
+    Some(NetConfig {
+        name: keys.name.map_or_else(|| format!("net{number}"), |name| name.into_inner().0),
+        socket: keys.socket?.into_inner().0.into(),
+        listen: keys.mode.is_some_and(|mode| mode.into_inner() == NetMode::Server),
+        // Locally administered, in QEMU's habit of numbering.
+        mac: keys.mac.map_or([0x52, 0x54, 0, 0x12, 0x34, 0x56 + number as u8], |mac| mac.into_inner().0),
+        queue_size,
+        mtu: keys.mtu.map(|mtu| mtu.get_ref().get()),
+        packed: keys.packed.is_some_and(Spanned::into_inner),
+        wait: keys.wait.is_none_or(Spanned::into_inner),
     })
 }
 

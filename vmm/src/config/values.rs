@@ -29,6 +29,20 @@ words! {
         Cstate = "cstate",
     }
 
+    /// What is behind a network card.
+    NetKind {
+        /// A vhost-user back end.
+        VhostUser = "vhost-user",
+    }
+
+    /// Which end of the socket we are.
+    NetMode {
+        /// We connect, again and again, to the back end.
+        Client = "client",
+        /// We listen; the back end connects.
+        Server = "server",
+    }
+
     /// What a reset by the guest does.
     OnReboot {
         /// The machine starts again.

@@ -67,6 +67,8 @@ impl Devices {
         data.fill(0xff);
         if layout::ECAM.contains(&address) {
             self.pci.read_ecam(address - layout::ECAM.start, data);
+        } else {
+            self.pci.read_memory(address, data);
         }
     }
 
@@ -74,6 +76,8 @@ impl Devices {
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
         if layout::ECAM.contains(&address) {
             self.pci.write_ecam(address - layout::ECAM.start, data);
+        } else {
+            self.pci.write_memory(address, data);
         }
     }
 }

@@ -4,10 +4,43 @@
 //! is: that is its configuration space's.
 
 mod config;
+pub(crate) mod msix;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use config::ConfigSpace;
+use crate::device::lock;
+pub(crate) use config::{ConfigSpace, Identity};
+
+/// A function on the bus. Offsets and lengths of configuration accesses were checked; those into its memory were not.
+pub(crate) trait Function: Send + Sync {
+    /// Reads 1, 2 or 4 bytes within a double word.
+    fn read_config(&self, register: usize, data: &mut [u8]);
+    /// Writes 1, 2 or 4 bytes within a double word.
+    fn write_config(&self, register: usize, data: &[u8]);
+    /// Reads device memory at a guest-physical address; `false`: it is none of this function's.
+    fn read_memory(&self, address: u64, data: &mut [u8]) -> bool;
+    /// Writes device memory at a guest-physical address; `false`: it is none of this function's.
+    fn write_memory(&self, address: u64, data: &[u8]) -> bool;
+}
+
+/// The host bridge has configuration space and nothing else.
+impl Function for Mutex<ConfigSpace> {
+    fn read_config(&self, register: usize, data: &mut [u8]) {
+        lock(self).read(register, data);
+    }
+
+    fn write_config(&self, register: usize, data: &[u8]) {
+        lock(self).write(register, data);
+    }
+
+    fn read_memory(&self, _: u64, _: &mut [u8]) -> bool {
+        false
+    }
+
+    fn write_memory(&self, _: u64, _: &[u8]) -> bool {
+        false
+    }
+}
 
 /// Configuration space of a function by ECAM: 4 KiB each, 8 functions a device, 32 devices a bus (PCI Express 6.0, 7.2.2).
 const FUNCTION_BITS: u32 = 12;
@@ -19,35 +52,49 @@ const HOST_BRIDGE: (u16, u16) = (0x8086, 0x29c0);
 
 /// Bus 0.
 pub(crate) struct PciBus {
-    functions: Vec<(u8, Mutex<ConfigSpace>)>,
+    functions: Vec<(u64, Arc<dyn Function>)>,
 }
 
 impl PciBus {
     /// A bus with a host bridge and nothing else.
     pub(crate) fn new() -> Self {
-        Self { functions: vec![(0, Mutex::new(ConfigSpace::host_bridge(HOST_BRIDGE)))] }
+        Self { functions: vec![(0, Arc::new(Mutex::new(ConfigSpace::host_bridge(HOST_BRIDGE))))] }
+    }
+
+    /// Puts a function into the next device's place; the bus has 32.
+    pub(crate) fn add(&mut self, function: Arc<dyn Function>) {
+        self.functions.push((self.functions.len() as u64 * 8, function));
+    }
+
+    /// The guest reads device memory. `data` stays as it is where nothing is.
+    pub(crate) fn read_memory(&self, address: u64, data: &mut [u8]) {
+        let _ = self.functions.iter().any(|(_, function)| function.read_memory(address, data));
+    }
+
+    /// The guest writes device memory.
+    pub(crate) fn write_memory(&self, address: u64, data: &[u8]) {
+        let _ = self.functions.iter().any(|(_, function)| function.write_memory(address, data));
     }
 
     /// Reads at an offset into ECAM. `data` stays as it is where nothing is.
     pub(crate) fn read_ecam(&self, offset: u64, data: &mut [u8]) {
-        self.with(offset, data.len(), |space, register| space.read(register, data));
+        self.with(offset, data.len(), |function, register| function.read_config(register, data));
     }
 
     /// Writes at an offset into ECAM.
     pub(crate) fn write_ecam(&self, offset: u64, data: &[u8]) {
-        self.with(offset, data.len(), |space, register| space.write(register, data));
+        self.with(offset, data.len(), |function, register| function.write_config(register, data));
     }
 
     /// Finds the function and register of an access that is 1, 2 or 4 bytes long and lies within a double word, as all that
     /// software may do (PCI Express 6.0, 7.2.2.1).
-    fn with(&self, offset: u64, length: usize, access: impl FnOnce(&mut ConfigSpace, usize)) {
+    fn with(&self, offset: u64, length: usize, access: impl FnOnce(&dyn Function, usize)) {
         let (function, register) = (offset >> FUNCTION_BITS, (offset & 0xfff) as usize);
         if !matches!(length, 1 | 2 | 4) || register & 3 > 4 - length || function >= FUNCTIONS {
             return;
         }
-        let there = self.functions.iter().find(|(address, _)| u64::from(*address) == function);
-        if let Some((_, space)) = there {
-            access(&mut space.lock().unwrap_or_else(PoisonError::into_inner), register);
+        if let Some((_, function)) = self.functions.iter().find(|(address, _)| *address == function) {
+            access(function.as_ref(), register);
         }
     }
 }

@@ -83,6 +83,16 @@ impl Code {
         self.bytes(&[0xa3]).bytes(&address.to_le_bytes())
     }
 
+    /// Writes a byte to memory (32-bit mode).
+    pub(crate) fn store_byte(self, address: u32, value: u8) -> Self {
+        self.bytes(&[0xb0, value, 0xa2]).bytes(&address.to_le_bytes())
+    }
+
+    /// Writes two bytes to memory (32-bit mode).
+    pub(crate) fn store_word(self, address: u32, value: u16) -> Self {
+        self.eax(value.into()).bytes(&[0x66, 0xa3]).bytes(&address.to_le_bytes())
+    }
+
     /// Turns the machine off by ACPI.
     pub(crate) fn power_off(self) -> Self {
         self.out(SLEEP_CONTROL, 1 << 5 | 5 << 2).spin()

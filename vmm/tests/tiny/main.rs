@@ -141,6 +141,91 @@ fn whatever_a_guest_writes_anywhere_the_machine_goes_on() {
     assert!(printed.ends_with(b"alive"), "{printed:?}");
 }
 
+/// A card whose back end never comes.
+const CARD: &str = "[[vm.net]]\nkind = 'vhost-user'\nsocket = '/nonexistent/socket'\nwait = false";
+/// Its configuration space, and its BAR, which is switched on by `enable`.
+const CARD_CONFIG: u32 = ECAM + 0x8000;
+const BAR: u32 = 0xc000_0000;
+
+fn enable(code: Code) -> Code {
+    code.store_word(CARD_CONFIG + 4, 0b110)
+}
+
+#[test]
+fn a_guest_finds_a_network_card_its_structures_and_its_address() {
+    if no_kvm() {
+        return;
+    }
+    let code = enable(code().load(CARD_CONFIG).print_eax())
+        // The first capability is MSI-X with three vectors; the device structure begins with the address.
+        .load(CARD_CONFIG + 0x40)
+        .print_eax()
+        .load(BAR + 0x2000)
+        .print_eax()
+        .load(BAR + 0x2004)
+        .print_eax()
+        .power_off();
+    let (ended, printed, _) = Guest::start(&code.elf(), CARD).end();
+    assert_eq!(ended, Ended::PowerOff);
+    let expected = [0xf4, 0x1a, 0x41, 0x10, 0x11, 0x4c, 2, 0, 0x52, 0x54, 0, 0x12, 0x34, 0x56, 1, 0];
+    assert_eq!(printed, expected);
+}
+
+#[test]
+fn queues_outside_of_memory_are_refused_and_the_device_wants_a_reset() {
+    if no_kvm() {
+        return;
+    }
+    for (address, status) in
+        [(0x10_8000, 1 | 2 | 4 | 8), (0x20_0000, 1 | 2 | 4 | 8 | 64), (0xffff_fff0, 1 | 2 | 4 | 8 | 64)]
+    {
+        // Accepts VERSION_1, the lowest bit of the second half.
+        let mut code = enable(code()).store_byte(BAR + 0x14, 3).eax(1).store(BAR + 8).eax(1).store(BAR + 12);
+        code = code.store_byte(BAR + 0x14, 11);
+        for queue in 0..2 {
+            code = code.store_word(BAR + 0x16, queue);
+            for register in [0x20, 0x28, 0x30] {
+                code = code.eax(address).store(BAR + register);
+            }
+            code = code.store_word(BAR + 0x1c, 1);
+        }
+        // Then the reset, which ends whatever there was.
+        let code =
+            code.store_byte(BAR + 0x14, 15).raw(&[0xa0, 0x14, 0, 0, 0xc0, 0x0f, 0xb6, 0xc0]).print_eax();
+        let wait = [0xa0, 0x14, 0, 0, 0xc0, 0x84, 0xc0, 0x75, 0xf7]; // mov al, [status]; test al, al; jnz back
+        let code = code.store_byte(BAR + 0x14, 0).raw(&wait).print("0").power_off();
+        let (ended, printed, _) = Guest::start(&code.elf(), CARD).end();
+        assert_eq!(ended, Ended::PowerOff, "{address:#x}");
+        assert_eq!(printed, [status, 0, 0, 0, b'0'], "{address:#x}");
+    }
+}
+
+#[test]
+fn whatever_a_guest_writes_to_a_card_the_machine_goes_on() {
+    if no_kvm() {
+        return;
+    }
+    let mut code = enable(code());
+    for value in [0xffff_ffff, 0x5555_5555, 0xfee0_0000, 0] {
+        // Identity, command, BARs, capabilities, MSI-X control; then every structure, at every alignment of a double word.
+        for register in (4..0x100_u32).chain([0xffc]) {
+            code = code.eax(value).store(CARD_CONFIG + register).load(CARD_CONFIG + register);
+        }
+        code = enable(code.eax(BAR).store(CARD_CONFIG + 0x10));
+        for page in (0..0x8000).step_by(0x1000) {
+            for register in 0..0x60 {
+                code = code.eax(value).store(BAR + page + register).load(BAR + page + register);
+            }
+            code = code.eax(value).store(BAR + page + 0xffd).load(BAR + page + 0xffd);
+        }
+        for register in 0..0x40 {
+            code = code.store_byte(BAR + register, value as u8).store_word(BAR + register, value as u16);
+        }
+    }
+    let (ended, printed, _) = Guest::start(&code.print("alive").power_off().elf(), CARD).end();
+    assert_eq!((ended, printed.as_slice()), (Ended::PowerOff, b"alive".as_slice()));
+}
+
 #[test]
 fn a_vcpu_is_pinned_and_its_thread_named() {
     if no_kvm() {

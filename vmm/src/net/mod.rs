@@ -1,0 +1,151 @@
+//! A network card whose data path is a vhost-user back end: a switch, ours or anybody's.
+//!
+//! Owns what the guest's driver sees: features, address, link, MTU. The conversation with the back end has a thread of its own
+//! ([`session`]), so that one that answers late or never holds no vCPU; frames pass neither.
+
+mod session;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Sender, unbounded};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use virtio::features;
+
+use crate::config::NetConfig;
+use crate::memory::GuestMemory;
+use crate::virtio_pci::{Activation, VirtioDevice};
+use session::{Command, Session};
+
+/// virtio's number of a network card (virtio 1.3, 5.1), and PCI's class of one.
+const KIND: (u16, u16) = (1, 0x0200);
+/// Receive and transmit queue.
+const QUEUES: usize = 2;
+
+/// What is the back end's to offer and passes through to the driver. What needs a control queue is not among it.
+const OF_BACK_END: u64 = features::NET_CSUM
+    | features::NET_GUEST_CSUM
+    | features::NET_GUEST_TSO4
+    | features::NET_GUEST_TSO6
+    | features::NET_GUEST_ECN
+    | features::NET_GUEST_UFO
+    | features::NET_HOST_TSO4
+    | features::NET_HOST_TSO6
+    | features::NET_HOST_ECN
+    | features::NET_HOST_UFO
+    | features::NET_MRG_RXBUF
+    | features::NET_GUEST_USO4
+    | features::NET_GUEST_USO6
+    | features::NET_HOST_USO
+    | features::RING_INDIRECT_DESC
+    | features::RING_EVENT_IDX
+    | features::VERSION_1
+    | features::IN_ORDER;
+
+/// Configuration (5.1.4): where the link status, the number of pairs and the MTU are.
+const LINK_UP: u16 = 1;
+
+/// Why a card cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// The socket to listen on.
+    #[error("`net`: {0}")]
+    Socket(#[from] vhost_user::frontend::FrontEndError),
+    /// No more descriptors or threads.
+    #[error("`net`: {0}")]
+    System(#[from] std::io::Error),
+}
+
+/// The card.
+pub(crate) struct Net {
+    offered: u64,
+    mac: [u8; 6],
+    mtu: Option<u16>,
+    queue_size: u16,
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    idle: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Net {
+    /// Meets the back end and makes a card that offers what it offers.
+    ///
+    /// # Errors
+    /// The socket cannot be listened on.
+    pub(crate) fn new(config: &NetConfig, memory: Arc<GuestMemory>) -> Result<Self, NetError> {
+        let packed = if config.packed { features::RING_PACKED } else { 0 };
+        let wanted = OF_BACK_END | packed;
+        let (commands, received) = unbounded();
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
+        let wake = Arc::new(wake.map_err(std::io::Error::from)?);
+        let idle = Arc::new(AtomicBool::new(true));
+        let (mut session, theirs) =
+            Session::begin(config, wanted, memory, received, wake.clone(), idle.clone())?;
+        let mtu = if config.mtu.is_some() { features::NET_MTU } else { 0 };
+        let offered = theirs & wanted | features::VERSION_1 | features::NET_MAC | features::NET_STATUS | mtu;
+        let thread =
+            std::thread::Builder::new().name(format!("net {}", config.name)).spawn(move || session.run())?;
+        Ok(Self {
+            offered,
+            mac: config.mac,
+            mtu: config.mtu,
+            queue_size: config.queue_size,
+            commands,
+            wake,
+            idle,
+            thread: Some(thread),
+        })
+    }
+
+    fn tell(&self, command: Command) {
+        // Its thread only ends when this is dropped.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl VirtioDevice for Net {
+    fn kind(&self) -> (u16, u16) {
+        KIND
+    }
+
+    fn features(&self) -> u64 {
+        self.offered
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![self.queue_size; QUEUES]
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.mac.to_vec();
+        config.extend(LINK_UP.to_le_bytes());
+        config.extend(1_u16.to_le_bytes());
+        config.extend(self.mtu.unwrap_or(0).to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.idle.store(false, Ordering::Release);
+        self.tell(Command::Start(activation));
+    }
+
+    fn reset(&mut self) {
+        self.tell(Command::Stop);
+    }
+
+    fn is_reset(&self) -> bool {
+        self.idle.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        self.tell(Command::End);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -12,6 +12,7 @@ use switch::control::report::{FdbReport, PortReport, PortsReport, ReloadReport, 
 use switch::control::{RunDirError, run_dir_of_client};
 
 use super::Place;
+use super::capture::CaptureArgs;
 use super::stats;
 use crate::output;
 
@@ -24,6 +25,8 @@ pub(super) enum Ask {
     Ports(AskArgs),
     /// The addresses that a running switch has learnt.
     Fdb(FdbArgs),
+    /// Copy the frames of one port of a running switch into a file (pcapng), at a bounded cost: frames beyond it are counted.
+    Capture(CaptureArgs),
     /// Make a running switch read its file again and apply it as one transaction.
     Reload(AskArgs),
 }
@@ -58,7 +61,7 @@ pub(super) struct FdbArgs {
     vlan: Option<u16>,
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let wrong = || "wanted a number of seconds from 0.1 to 3600".to_owned();
     let seconds: f64 = text.parse().map_err(|_| wrong())?;
     if (0.1..=3600.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(wrong()) }
@@ -83,6 +86,7 @@ pub(super) fn run(ask: Ask) -> Result<ExitCode> {
             let path = path.trim_end_matches(['?', '&']);
             show(&args.ask, path, fdb)?;
         }
+        Ask::Capture(args) => super::capture::run(&args)?,
         Ask::Reload(args) => {
             let answer = client::post(&args.run_dir()?, "/v1/reload")?;
             print(&args, answer, reload)?;
@@ -212,7 +216,7 @@ fn reload(report: &ReloadReport) -> String {
 }
 
 /// Text as a value in the query of a path.
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     text.bytes()
         .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })

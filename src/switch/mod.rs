@@ -1,6 +1,7 @@
 //! `cableway switch`: run a switch, check its configuration, or ask one that runs.
 
 mod ask;
+mod capture;
 mod check;
 mod serve;
 mod stats;

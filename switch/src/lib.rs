@@ -1,6 +1,7 @@
 //! The virtual switch: ports for guests and devices, the pipeline, workers, and their control.
 
 pub mod bridge;
+pub mod capture;
 mod claim;
 pub mod config;
 pub mod control;

@@ -96,8 +96,13 @@ impl<'b> Outgoing<'b> {
         Some(out)
     }
 
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The frame's bytes as pieces of memory, in order.
-    fn pieces(&self) -> impl Iterator<Item = Segment> + '_ {
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = Segment> + '_ {
         let head = Segment { ptr: self.head.as_ptr(), len: self.head_len as u32 };
         let mut skip = self.skip as u32;
         let sent = std::iter::once(&self.first).chain(self.more).filter_map(move |s| {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arc_swap::ArcSwap;
 
 use crate::bridge::BridgePlan;
+use crate::capture::Capture;
 use crate::config::Idle;
 use crate::device_port::{DevicePort, DeviceRx};
 use crate::vhost_port::{RxSlot, VhostPort};
@@ -23,6 +24,8 @@ pub struct Plan {
     pub queues: Vec<Vec<Arc<RxSlot>>>,
     /// The ports that have a device of this machine behind them.
     pub devices: Devices,
+    /// Ports whose frames somebody looks at.
+    pub captures: Vec<Arc<Capture>>,
     /// Frames taken from a queue at a time.
     pub burst: usize,
     /// What a worker does when nothing comes in.

@@ -9,6 +9,7 @@ use host::cpu::rdtsc;
 use port::{Burst, BurstBuffer, FrameSet, RxQueue, Scratch, TagEdit, TxQueue};
 
 use crate::bridge::{Clock, Outputs, flow_hash};
+use crate::capture::Way;
 use crate::claim::Owner;
 use crate::config::Idle;
 use crate::counters::WorkerCounters;
@@ -177,8 +178,12 @@ struct Turn {
 #[inline(always)]
 fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
     let mut done = Turn { frames: 0, bursts: 0 };
+    if !plan.captures.is_empty() {
+        turn_captured(plan, index, clock, tools, &mut done);
+        return done;
+    }
     for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {
-        let frames = poll(plan, queue, clock, tools);
+        let frames = poll::<_, false>(plan, queue, clock, tools);
         done.frames += frames as u64;
         done.bursts += u64::from(frames > 0);
     }
@@ -192,15 +197,36 @@ fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
 #[inline(never)]
 fn turn_devices(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools, done: &mut Turn) {
     for queue in plan.devices.queues_of(index) {
-        let frames = poll(plan, queue, clock, tools);
+        let frames = poll::<_, false>(plan, queue, clock, tools);
         done.frames += frames as u64;
         done.bursts += u64::from(frames > 0);
     }
 }
 
-/// One burst of one queue.
+/// One look at every queue while somebody looks at frames. Apart, for the same reason.
+#[inline(never)]
+fn turn_captured(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools, done: &mut Turn) {
+    let guests = plan.queues.get(index).map(Vec::as_slice).unwrap_or_default();
+    for queue in guests {
+        let frames = poll::<_, true>(plan, queue, clock, tools);
+        done.frames += frames as u64;
+        done.bursts += u64::from(frames > 0);
+    }
+    for queue in plan.devices.queues_of(index) {
+        let frames = poll::<_, true>(plan, queue, clock, tools);
+        done.frames += frames as u64;
+        done.bursts += u64::from(frames > 0);
+    }
+}
+
+/// One burst of one queue, with copies of its frames for those who look at them.
 #[inline(always)]
-fn poll<R: Running>(plan: &Plan, queue: &RxSlot<R>, clock: Clock, tools: &mut Tools) -> usize {
+fn poll<R: Running, const CAPTURED: bool>(
+    plan: &Plan,
+    queue: &RxSlot<R>,
+    clock: Clock,
+    tools: &mut Tools,
+) -> usize {
     let Tools { owner, buffer, outputs, scratch } = tools;
     let Some(mut entered) = queue.enter(owner) else { return 0 };
     let Some(mut polled) = queue.polled(&mut entered, plan.burst) else { return 0 };
@@ -218,10 +244,17 @@ fn poll<R: Running>(plan: &Plan, queue: &RxSlot<R>, clock: Clock, tools: &mut To
     scratch.refill();
     let mut burst = polled.ring.poll(buffer);
     let frames = burst.len();
+    if CAPTURED {
+        let set = burst.all();
+        plan.captures.iter().for_each(|c| c.take(queue.port_number(), &burst, set, TagEdit::Keep, Way::In));
+    }
     let done = plan.bridge.classify(queue.port_number(), &mut burst, clock, polled.ingress, outputs);
     queue.counters.switched.add(u64::from(done.switched));
     queue.counters.replicas.add(u64::from(done.replicas - done.switched));
     for (port, set, edit) in outputs.drain() {
+        if CAPTURED {
+            plan.captures.iter().for_each(|c| c.take(port, &burst, set, edit, Way::Out));
+        }
         match &mut ahead {
             Some(tx) if port == likely => tx.send(&burst, set, edit, scratch),
             _ => send(plan, port, &burst, set, edit, scratch),

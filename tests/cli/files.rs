@@ -10,12 +10,12 @@ use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
 use crate::world::{Place, Running, eventually, port};
 
 /// Frames from one station to others, of all lengths from 60 bytes on.
-fn frames(count: usize) -> Vec<Vec<u8>> {
+pub(crate) fn frames(count: usize) -> Vec<Vec<u8>> {
     let addresses = |i: usize| [2, 0, 0, 0, 1, i as u8, 2, 0, 0, 0, 0, 1, 0x88, 0xb5];
     (0..count).map(|i| [&addresses(i)[..], &vec![i as u8; 46 + i]].concat()).collect()
 }
 
-fn write(file: &Path, frames: &[Vec<u8>]) {
+pub(crate) fn write(file: &Path, frames: &[Vec<u8>]) {
     let mut writer = PcapWriter::new(File::create(file).unwrap()).unwrap();
     for (i, data) in frames.iter().enumerate() {
         let time = Duration::from_micros(1_000_000 + 100 * i as u64);
@@ -32,7 +32,8 @@ fn read(file: &Path) -> Vec<Vec<u8>> {
     frames
 }
 
-fn files(name: &str, keys: &str) -> String {
+/// Keys of a port of files.
+pub(crate) fn files(name: &str, keys: &str) -> String {
     format!("[[port]]\nname = \"{name}\"\nkind = \"pcap\"\n{keys}\n")
 }
 

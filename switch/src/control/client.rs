@@ -63,7 +63,33 @@ pub fn post<T: DeserializeOwned>(run_dir: &Path, path: &str) -> Result<Answer<T>
     ask(run_dir, Method::POST, path)
 }
 
+/// Tells the switch of a run directory to end `path` (`/v1/captures/7`).
+///
+/// # Errors
+/// There is no answer, or it is no.
+pub fn delete<T: DeserializeOwned>(run_dir: &Path, path: &str) -> Result<Answer<T>, ClientError> {
+    ask(run_dir, Method::DELETE, path)
+}
+
+/// Asks for `path` where the answer is no text (`/v1/captures/7`).
+///
+/// # Errors
+/// There is no answer, or it is no.
+pub fn get_bytes(run_dir: &Path, path: &str) -> Result<Bytes, ClientError> {
+    answer(run_dir, Method::GET, path)
+}
+
 fn ask<T: DeserializeOwned>(run_dir: &Path, method: Method, path: &str) -> Result<Answer<T>, ClientError> {
+    let broken = |reason: String| ClientError::Broken { socket: run_dir.join(CONTROL_SOCKET), reason };
+    let body = answer(run_dir, method, path)?;
+    let json = String::from_utf8(body.into()).map_err(|_| broken("the answer is not text".to_owned()))?;
+    let value = serde_json::from_str(&json)
+        .map_err(|error| broken(format!("not understood ({error}); is it another version?")))?;
+    Ok(Answer { json, value })
+}
+
+/// The body of an answer that is a success.
+fn answer(run_dir: &Path, method: Method, path: &str) -> Result<Bytes, ClientError> {
     let socket = run_dir.join(CONTROL_SOCKET);
     let broken = |reason: String| ClientError::Broken { socket: socket.clone(), reason };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -83,16 +109,12 @@ fn ask<T: DeserializeOwned>(run_dir: &Path, method: Method, path: &str) -> Resul
         Ok(Err(Failed::Http(reason))) => return Err(broken(reason)),
         Ok(Ok(answer)) => answer,
     };
-    let json = String::from_utf8(body.into()).map_err(|_| broken("the answer is not text".to_owned()))?;
-    if !status.is_success() {
-        let failure = serde_json::from_str::<Failure>(&json);
-        return Err(
-            failure.map_or_else(|_| broken(format!("{status}: {json}")), |f| ClientError::Refused(f.error))
-        );
+    if status.is_success() {
+        return Ok(body);
     }
-    let value = serde_json::from_str(&json)
-        .map_err(|error| broken(format!("not understood ({error}); is it another version?")))?;
-    Ok(Answer { json, value })
+    let failure = serde_json::from_slice::<Failure>(&body);
+    let otherwise = |_| broken(format!("{status}: {}", String::from_utf8_lossy(&body)));
+    Err(failure.map_or_else(otherwise, |f| ClientError::Refused(f.error)))
 }
 
 enum Failed {

@@ -12,7 +12,8 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use report::{FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
+use crate::capture::Filter;
+use report::{CaptureReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
 
 pub use features::feature_names;
 pub use routes::openapi;
@@ -35,6 +36,20 @@ pub trait SwitchState: Send + Sync {
 
     /// The learning table, by VLAN and address.
     fn fdb(&self) -> FdbReport;
+
+    /// Begins to copy the frames of a port: the first `longest` bytes of each that `filter` wants. It ends when nobody fetches
+    /// frames for some seconds.
+    ///
+    /// # Errors
+    /// There is no such port, or there are too many captures already.
+    fn capture(&self, port: &str, longest: u32, filter: Filter) -> Result<CaptureReport, String>;
+
+    /// The frames of a capture since the last call, as blocks of a pcapng file; all calls together make one file. `None`: there
+    /// is no such capture.
+    fn captured(&self, id: u64) -> Option<Vec<u8>>;
+
+    /// Ends a capture. `None`: there is no such capture.
+    fn end_capture(&self, id: u64) -> Option<CaptureReport>;
 
     /// Reads the configuration file again and applies it as one transaction.
     ///

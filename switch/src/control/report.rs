@@ -321,6 +321,19 @@ pub struct FdbEntry {
     pub is_static: bool,
 }
 
+/// `POST /v1/captures` and `DELETE /v1/captures/{id}`: a capture of one port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CaptureReport {
+    /// Its number.
+    pub id: u64,
+    /// Its port.
+    pub port: String,
+    /// Frames copied so far.
+    pub captured: u64,
+    /// Frames that were wanted and not copied: beyond what the client fetched in time, or while it fetched.
+    pub missed: u64,
+}
+
 /// `POST /v1/reload`: what a reload changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReloadReport {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -12,9 +13,11 @@ use utoipa::{IntoParams, OpenApi};
 
 use super::SwitchState;
 use super::report::{
-    AddressStats, DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport,
-    ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+    AddressStats, CaptureReport, DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats,
+    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState,
+    WorkerStats,
 };
+use crate::capture::Filter;
 
 /// No request has a body worth reading.
 const BODY_MAX: usize = 4_096;
@@ -28,9 +31,10 @@ type Answers = Arc<dyn SwitchState>;
         title = "cableway switch",
         description = "The control socket of a running switch (switch.sock in its run directory)"
     ),
-    paths(switch, stats, ports, port, fdb, reload),
+    paths(switch, stats, ports, port, fdb, capture, captured, end_capture, reload),
     components(schemas(
         AddressStats,
+        CaptureReport,
         DropCount,
         Failure,
         FdbEntry,
@@ -66,6 +70,8 @@ pub(super) fn router(answers: Answers) -> Router {
         .route("/v1/ports", get(ports))
         .route("/v1/ports/{name}", get(port))
         .route("/v1/fdb", get(fdb))
+        .route("/v1/captures", post(capture))
+        .route("/v1/captures/{id}", get(captured).delete(end_capture))
         .route("/v1/reload", post(reload))
         .fallback(async || {
             failure(StatusCode::NOT_FOUND, "there is nothing at this path; see /v1/openapi.json")
@@ -129,6 +135,58 @@ async fn fdb(State(answers): State<Answers>, Query(query): Query<FdbQuery>) -> J
             && query.vlan.is_none_or(|vlan| Some(vlan) == entry.vlan)
     });
     Json(report)
+}
+
+/// What to capture.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+struct CaptureQuery {
+    /// The port.
+    port: String,
+    /// Bytes of each frame that are kept at most; 65557 (all) unless given.
+    longest: Option<u32>,
+    /// Which frames, in a part of the language of pcap-filter(7); all unless given.
+    filter: Option<String>,
+}
+
+/// Begins a capture, which ends when nothing is fetched for 5 s.
+#[utoipa::path(post, path = "/v1/captures", params(CaptureQuery),
+    responses((status = 200, body = CaptureReport), (status = 400, description = "A filter that is not understood", body = Failure),
+        (status = 409, description = "No such port, or too many captures", body = Failure)))]
+async fn capture(State(answers): State<Answers>, Query(query): Query<CaptureQuery>) -> Response {
+    let filter = match Filter::parse(&query.filter.unwrap_or_default()) {
+        Ok(filter) => filter,
+        Err(why) => return failure(StatusCode::BAD_REQUEST, why),
+    };
+    match answers.capture(&query.port, query.longest.unwrap_or(::port::MAX_FRAME), filter) {
+        Ok(report) => Json(report).into_response(),
+        Err(why) => failure(StatusCode::CONFLICT, why),
+    }
+}
+
+fn no_capture(id: u64) -> Response {
+    failure(
+        StatusCode::NOT_FOUND,
+        format!("there is no capture {id}; it ends when nothing is fetched for 5 s"),
+    )
+}
+
+/// The frames of a capture since the last request; all answers together are one pcapng file.
+#[utoipa::path(get, path = "/v1/captures/{id}", params(("id" = u64, Path, description = "The capture's number")),
+    responses((status = 200, description = "Blocks of a pcapng file", content_type = "application/x-pcapng"),
+        (status = 404, body = Failure)))]
+async fn captured(State(answers): State<Answers>, Path(id): Path<u64>) -> Response {
+    match answers.captured(id) {
+        Some(blocks) => ([(CONTENT_TYPE, "application/x-pcapng")], blocks).into_response(),
+        None => no_capture(id),
+    }
+}
+
+/// Ends a capture.
+#[utoipa::path(delete, path = "/v1/captures/{id}", params(("id" = u64, Path, description = "The capture's number")),
+    responses((status = 200, body = CaptureReport), (status = 404, body = Failure)))]
+async fn end_capture(State(answers): State<Answers>, Path(id): Path<u64>) -> Response {
+    answers.end_capture(id).map_or_else(|| no_capture(id), |report| Json(report).into_response())
 }
 
 /// Reads the configuration file again and applies it as one transaction.

@@ -82,6 +82,18 @@ impl SwitchState for Still {
         FdbReport { size: 64, used: 2, entries }
     }
 
+    fn capture(&self, port: &str, _: u32, _: Filter) -> Result<CaptureReport, String> {
+        Ok(CaptureReport { id: 7, port: port.to_owned(), captured: 0, missed: 0 })
+    }
+
+    fn captured(&self, id: u64) -> Option<Vec<u8>> {
+        (id == 7).then(|| vec![0x0a, 0xff])
+    }
+
+    fn end_capture(&self, id: u64) -> Option<CaptureReport> {
+        (id == 7).then(|| CaptureReport { id, port: "a".to_owned(), captured: 2, missed: 1 })
+    }
+
     fn reload(&self) -> Result<ReloadReport, String> {
         Err("x.toml:1:1: wrong".to_owned())
     }
@@ -112,6 +124,21 @@ fn a_client_gets_what_the_switch_says() {
     assert_eq!(client::get::<PortReport>(dir.path(), "/v1/ports/b").unwrap().value, Still.ports().ports[1]);
     let fdb = client::get::<FdbReport>(dir.path(), "/v1/fdb?vlan=20").unwrap().value;
     assert_eq!((fdb.used, fdb.entries.len(), fdb.entries[0].port.as_str()), (2, 1, "b"));
+}
+
+#[test]
+fn a_capture_is_begun_fetched_and_ended() {
+    let (dir, _server) = served();
+    let begun = client::post::<CaptureReport>(dir.path(), "/v1/captures?port=a&filter=tcp%20and%20port%2080")
+        .unwrap()
+        .value;
+    assert_eq!((begun.id, begun.port.as_str()), (7, "a"));
+    assert_eq!(&client::get_bytes(dir.path(), "/v1/captures/7").unwrap()[..], [0x0a, 0xff]);
+    assert_eq!(client::delete::<CaptureReport>(dir.path(), "/v1/captures/7").unwrap().value.captured, 2);
+    let gone = client::get_bytes(dir.path(), "/v1/captures/8").unwrap_err().to_string();
+    assert!(gone.starts_with("there is no capture 8"), "{gone}");
+    let wrong = client::post::<CaptureReport>(dir.path(), "/v1/captures?port=a&filter=tpc").map(|_| ());
+    assert!(wrong.unwrap_err().to_string().contains("\"tpc\" is unknown"));
 }
 
 #[test]

@@ -36,6 +36,8 @@ const AGED_PER_TICK: usize = 16_384;
 pub(super) enum Command {
     /// Put a configuration in force.
     Apply(Box<Config>, Sender<Result<ReloadReport, ApplyError>>),
+    /// Workers follow what changed beside the configuration.
+    Republish,
     /// Close everything and end.
     Stop,
 }
@@ -85,6 +87,7 @@ impl Housekeeper {
                         let result = self.apply(*config);
                         let _ = reply.send(result);
                     }
+                    Ok(Command::Republish) => self.republish(),
                     Ok(Command::Stop) | Err(_) => break,
                 },
                 recv(inbox) -> event => if let Ok(event) = event {
@@ -194,6 +197,14 @@ impl Housekeeper {
             self.stop_port(number, &RingError::MemoryGone.to_string());
         }
         self.reopen_devices();
+        let forgotten = self.shared.change_captures(|captures| {
+            let before = captures.len();
+            captures.retain(|capture| !capture.is_forgotten());
+            captures.len() < before
+        });
+        if forgotten {
+            self.republish();
+        }
         // Should an event ever be lost, what it told of is still true.
         let active: usize = self.ports.iter().map(|p| p.port.polled().len()).sum();
         if active != self.places.len() {
@@ -293,6 +304,7 @@ impl Housekeeper {
             ports: by_number,
             queues: by_worker,
             devices,
+            captures: self.shared.captures(),
             burst: self.config.switch.burst,
             idle: self.config.switch.idle,
         });

@@ -11,8 +11,8 @@ mod ports;
 mod report;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -20,6 +20,7 @@ use arc_swap::ArcSwap;
 use crossbeam::channel::{Sender, bounded};
 
 use crate::bridge::{Fdb, FdbError, PlanError};
+use crate::capture::Capture;
 use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
 use crate::plan::Plans;
@@ -107,9 +108,22 @@ pub(crate) struct Shared {
     pub(crate) fdb: Arc<Fdb>,
     pub(crate) workers: Vec<Arc<WorkerShared>>,
     pub(crate) view: ArcSwap<View>,
+    captures: Mutex<Vec<Arc<Capture>>>,
     pub(crate) started: Instant,
     /// TSC when the switch started: the bridge's seconds count from it.
     pub(crate) epoch: u64,
+}
+
+impl Shared {
+    /// The captures that run.
+    pub(crate) fn captures(&self) -> Vec<Arc<Capture>> {
+        self.change_captures(|captures| captures.clone())
+    }
+
+    /// Looks at the list of captures, or changes it; the next plan follows.
+    pub(crate) fn change_captures<T>(&self, change: impl FnOnce(&mut Vec<Arc<Capture>>) -> T) -> T {
+        change(&mut self.captures.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// A running switch. Ends when dropped.
@@ -140,6 +154,7 @@ impl Switch {
             fdb,
             workers,
             view: ArcSwap::from_pointee(view),
+            captures: Mutex::default(),
             started: Instant::now(),
             epoch,
         });

@@ -214,6 +214,7 @@ pub(super) fn empty_plan(config: &Config, fdb: Arc<Fdb>) -> Result<Plan, PlanErr
         ports: Vec::new(),
         queues: vec![Vec::new(); config.switch.workers.len()],
         devices: Devices::default(),
+        captures: Vec::new(),
         burst: config.switch.burst,
         idle: config.switch.idle,
     })

@@ -6,17 +6,23 @@ use std::sync::atomic::Ordering;
 
 use port::DropReason;
 
+use super::housekeeper::Command;
 use super::{PortView, Switch};
+use crate::capture::{Capture, Filter};
 use crate::config::{Behind, Config, Side, Vlan};
 use crate::control::report::{
-    AddressStats, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats, PortsReport,
-    ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState, WorkerStats,
+    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
+    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState,
+    WorkerStats,
 };
 use crate::control::{SwitchState, feature_names};
 use crate::counters::{RxCounters, TxCounters};
 use crate::slot::PortState as State;
 use crate::vhost_port::RingView;
 use crate::worker::clock_since;
+
+/// Captures at a time.
+const CAPTURES: usize = 8;
 
 impl SwitchState for Switch {
     fn info(&self) -> SwitchInfo {
@@ -71,6 +77,39 @@ impl SwitchState for Switch {
         FdbReport { size: self.shared.fdb.capacity(), used: entries.len(), entries }
     }
 
+    fn capture(&self, port: &str, longest: u32, filter: Filter) -> Result<CaptureReport, String> {
+        let view = self.shared.view.load();
+        let found = view.ports.iter().find(|p| p.config.name == port);
+        let found = found.ok_or_else(|| {
+            let names: Vec<_> = view.ports.iter().map(|p| p.config.name.as_str()).collect();
+            format!("there is no port {port:?}; there are {}", names.join(", "))
+        })?;
+        let capture = Capture::new(found.port.number(), port, longest, filter)?;
+        self.shared.change_captures(|captures| {
+            if captures.len() >= CAPTURES {
+                return Err(format!("{CAPTURES} captures run already: end one first"));
+            }
+            captures.push(capture.clone());
+            Ok(())
+        })?;
+        self.republish();
+        Ok(capture.report())
+    }
+
+    fn captured(&self, id: u64) -> Option<Vec<u8>> {
+        let found = self.shared.captures().into_iter().find(|c| c.id == id)?;
+        found.drain().ok()
+    }
+
+    fn end_capture(&self, id: u64) -> Option<CaptureReport> {
+        let ended = self.shared.change_captures(|captures| {
+            let at = captures.iter().position(|c| c.id == id)?;
+            Some(captures.remove(at))
+        })?;
+        self.republish();
+        Some(ended.report())
+    }
+
     fn reload(&self) -> Result<ReloadReport, String> {
         let view = self.shared.view.load_full();
         let ours = view.config.ports.iter().filter_map(|p| Some(p.behind.socket()?.to_owned())).collect();
@@ -81,6 +120,12 @@ impl SwitchState for Switch {
 }
 
 impl Switch {
+    /// Lets workers follow what changed beside the configuration.
+    fn republish(&self) {
+        // Housekeeping that has ended has no workers to tell.
+        let _ = self.commands.send(Command::Republish);
+    }
+
     fn worker_stats(&self) -> Vec<WorkerStats> {
         let sys = std::path::Path::new("/");
         let stats = self.shared.workers.iter().map(|w| {

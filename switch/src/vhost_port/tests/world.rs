@@ -44,6 +44,7 @@ impl World {
             ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
             queues: vec![guests.iter().flat_map(|g| g.port.rx.iter().cloned()).collect()],
             devices: Devices::default(),
+            captures: Vec::new(),
             burst: 64,
             idle: Idle::Poll,
         };

@@ -162,7 +162,8 @@ fn ports(report: &PortsReport) -> String {
             notes += &format!("{}: {reason}\n", port.name);
         }
         if !port.features.is_empty() {
-            notes += &format!("{}: negotiated {}\n", port.name, port.features.join(", "));
+            let what = if port.device.is_some() { "offloads in use:" } else { "negotiated" };
+            notes += &format!("{}: {what} {}\n", port.name, port.features.join(", "));
         }
     }
     let gap = if notes.is_empty() { "" } else { "\n" };

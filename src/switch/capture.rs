@@ -18,6 +18,10 @@ use crate::output;
 /// How often frames are fetched: the switch keeps 4 MiB for us until then.
 const FETCH: Duration = Duration::from_millis(50);
 
+const FILTER_HELP: &str = "Only these frames: tcp, udp, icmp, icmp6, arp, ip, ip6, vlan [ID], [src|dst] host IP, [src|dst] port \
+    N, ether src|dst|host MAC, broadcast, multicast, joined with `and`, `or`, `not` and parentheses. Looks at the first 64 bytes of \
+    a frame";
+
 #[derive(Args)]
 pub(super) struct CaptureArgs {
     /// The port.
@@ -25,9 +29,8 @@ pub(super) struct CaptureArgs {
     /// The file to write (pcapng); `-`: standard output, as for `| wireshark -k -i -`.
     #[arg(short, long, value_name = "FILE")]
     write: PathBuf,
-    /// Only these frames: tcp, udp, icmp, icmp6, arp, ip, ip6, vlan [ID], [src|dst] host IP, [src|dst] port N, ether src|dst|host
-    /// MAC, broadcast, multicast, joined with `and`, `or`, `not` and parentheses. Looks at the first 64 bytes of a frame.
-    #[arg(long, value_name = "EXPRESSION", default_value = "")]
+    // Not a comment of documentation: rustdoc takes the brackets for links.
+    #[arg(long, value_name = "EXPRESSION", default_value = "", hide_default_value = true, help = FILTER_HELP)]
     filter: String,
     /// Keep at most so many bytes of each frame.
     #[arg(long, value_name = "BYTES", default_value_t = 65_557, value_parser = clap::value_parser!(u32).range(14..=65_557))]

@@ -41,7 +41,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
             table.add_row([
                 port.name.clone(),
                 rx.queue.to_string(),
-                "from guest".to_owned(),
+                "in".to_owned(),
                 grouped(rx.received),
                 grouped(rx.bytes),
                 ratio(rx.received, rx.bursts),
@@ -53,7 +53,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
             table.add_row([
                 port.name.clone(),
                 tx.queue.to_string(),
-                "to guest".to_owned(),
+                "out".to_owned(),
                 grouped(tx.sent),
                 grouped(tx.bytes),
                 ratio(tx.sent, tx.bursts),
@@ -79,8 +79,8 @@ fn drops(ports: &[PortStats]) -> String {
     let mut table = output::table(&["dropped", "port", "direction", "reason", "meaning"], &[0]);
     let mut any = false;
     for port in ports {
-        let rx = port.rx.iter().flat_map(|queue| &queue.drops).map(|count| ("from guest", count));
-        let tx = port.tx.iter().flat_map(|queue| &queue.drops).map(|count| ("to guest", count));
+        let rx = port.rx.iter().flat_map(|queue| &queue.drops).map(|count| ("in", count));
+        let tx = port.tx.iter().flat_map(|queue| &queue.drops).map(|count| ("out", count));
         let mut sums: BTreeMap<(&str, &str), (u64, &DropCount)> = BTreeMap::new();
         for (direction, count) in rx.chain(tx) {
             sums.entry((direction, &count.reason)).or_insert((0, count)).0 += count.frames;
@@ -151,7 +151,7 @@ pub(super) fn between(before: &StatsReport, now: &StatsReport) -> String {
             std::array::from_fn(|i| per_second(sums(port)[i], sums(old)[i]));
         let _ = writeln!(
             text,
-            "{:<12} from guest {:>10} {:>11}   to guest {:>10} {:>11}   dropped {:>9}",
+            "{:<12} in {:>10} {:>11}   out {:>10} {:>11}   dropped {:>9}",
             port.name,
             rate(rx, "pps"),
             rate(rx_bytes * 8.0, "bit/s"),

@@ -15,8 +15,8 @@ use vmm::config::{Config, ConfigErrors};
 
 /// Run a virtual machine.
 ///
-/// With a FILE, runs the machine that its [vm] describes until the guest turns itself off; without one, the flags describe
-/// it: every key of [vm] is one. SIGTERM presses the power button, SIGINT or a second SIGTERM ends the machine at once.
+/// With a FILE, runs the machine that its `[vm]` describes until the guest turns itself off; without one, the flags describe
+/// it: every key of `[vm]` is one. SIGTERM presses the power button, SIGINT or a second SIGTERM ends the machine at once.
 /// docs/vm.md explains every key.
 ///
 /// Exit status: 0 the guest turned itself off, or was ended by a signal; 1 something went wrong; 2 refused, nothing was

@@ -3,6 +3,7 @@
 
 mod broken;
 mod buffers;
+mod captures;
 mod contention;
 mod frames;
 mod guest;

@@ -8,6 +8,7 @@ use port::DropReason;
 use super::super::VhostPort;
 use super::guest::{Guest, Kind, Received};
 use crate::bridge::{BridgePlan, Fdb, PortPlan};
+use crate::capture::Capture;
 use crate::config::Idle;
 use crate::events::{Event, Events};
 use crate::plan::{Devices, Plan, Plans};
@@ -38,13 +39,23 @@ impl World {
 
     /// A switch that is started when the guests run already.
     pub(super) fn of_guests(guests: Vec<Guest>, plans: Vec<PortPlan>, events: Receiver<Event>) -> Self {
+        Self::captured(guests, plans, events, Vec::new())
+    }
+
+    /// The same, with somebody who looks at frames.
+    pub(super) fn captured(
+        guests: Vec<Guest>,
+        plans: Vec<PortPlan>,
+        events: Receiver<Event>,
+        captures: Vec<Arc<Capture>>,
+    ) -> Self {
         let fdb = Arc::new(Fdb::new(1024).unwrap());
         let plan = Plan {
             bridge: BridgePlan::new(plans.into_iter().map(Some).collect(), fdb, false).unwrap(),
             ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
             queues: vec![guests.iter().flat_map(|g| g.port.rx.iter().cloned()).collect()],
             devices: Devices::default(),
-            captures: Vec::new(),
+            captures,
             burst: 64,
             idle: Idle::Poll,
         };

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::config::{Config, OnReboot};
-use vmm::machine::{Ended, Machine, Remote, StartError};
+use vmm::machine::{Ended, Machine, Remote, StartError, become_emulator};
 use vmm::preflight::Preflight;
 
 use crate::log;
@@ -30,11 +30,13 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
     if let Err(error) = log::start(filter) {
         return Ok(refuse(error));
     }
-    // Before any thread is confined to some cores: a confined thread sees no others.
     let mut preflight = match Preflight::new(config) {
         Ok(preflight) => preflight,
         Err(error) => return Ok(refuse(error)),
     };
+    if let Err(error) = become_emulator(config) {
+        return Ok(refuse(error));
+    }
     let target = Target::default();
     obey_signals(target.clone())?;
     loop {
@@ -59,7 +61,7 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
         let status = match ended {
             Ended::Reset if config.on_reboot == OnReboot::Restart => {
                 tracing::info!("{name} restarts");
-                preflight = match Preflight::new(config).map_err(StartError::from) {
+                preflight = match Preflight::again(config).map_err(StartError::from) {
                     Ok(preflight) => preflight,
                     Err(error) => return Ok(refuse(error)),
                 };

@@ -56,7 +56,9 @@ pub(crate) const COMMAND_LINE_MAX: usize = 2048;
 /// End of conventional memory.
 pub(crate) const LOW_MEMORY_END: u64 = 0xa_0000;
 /// ACPI tables, in the range that is searched for the RSDP (ACPI 6.5, 5.2.5.1).
-pub(crate) const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+pub(crate) const ACPI: Range<u64> = 0xe_0000..0xf_fff0;
+/// Where a processor in real mode begins after a reset, FFFF:0000, and where Linux jumps to for one.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 /// RAM above the first MiB: kernels are loaded from here on.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 

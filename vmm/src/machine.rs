@@ -152,16 +152,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine and starts its vCPUs. The calling thread is confined to the emulator's cores, and so is every
-    /// thread that it starts.
+    /// Builds the machine and starts its vCPUs. All its other threads run where the calling thread may.
     ///
     /// # Errors
     /// What could not be had; nothing is left behind.
     pub fn start(config: &Config, preflight: Preflight) -> Result<Self, StartError> {
         let kvm = |doing| move |source| StartError::Kvm { doing, source };
-        if let Some(cores) = &config.emulator_cores {
-            host::thread::confine(&CoreSet::from_iter(cores.iter().copied()))?;
-        }
         for exit in preflight.refused_exits() {
             tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
         }
@@ -306,6 +302,18 @@ impl Drop for Machine {
         if let Some(console) = self.console.take() {
             console.close();
         }
+    }
+}
+
+/// Confines the calling thread, and all that it starts from then on, to `emulator_cores`. For a process's first thread, before
+/// it starts others, and after [`Preflight::new`]: a confined thread sees no other cores.
+///
+/// # Errors
+/// It may not run there.
+pub fn become_emulator(config: &Config) -> Result<(), StartError> {
+    match &config.emulator_cores {
+        Some(cores) => Ok(host::thread::confine(&CoreSet::from_iter(cores.iter().copied()))?),
+        None => Ok(()),
     }
 }
 

@@ -95,9 +95,18 @@ impl Preflight {
     /// # Errors
     /// What is wrong, and what to do about it.
     pub fn new(config: &Config) -> Result<Self, PreflightError> {
+        cores(config)?;
+        Self::again(config)
+    }
+
+    /// Checks what may have changed since the machine started the last time. Cores are not among it: the process is
+    /// confined by now.
+    ///
+    /// # Errors
+    /// As [`Preflight::new`].
+    pub fn again(config: &Config) -> Result<Self, PreflightError> {
         let kernel = Kernel::open(&config.kernel)?;
         let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
-        cores(config)?;
         memory(config)?;
         let kvm = open_kvm()?;
         let (wanted, most) = (config.topology.vcpus(), kvm.get_max_vcpus());

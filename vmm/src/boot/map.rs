@@ -17,8 +17,8 @@ pub(super) enum Kind {
 pub(super) fn ranges(memory: &GuestMemory) -> Vec<(Range<u64>, Kind)> {
     let mut ranges = vec![
         (0..layout::LOW_MEMORY_END, Kind::Ram),
-        // The tables must survive the kernel's own use of low memory.
-        (layout::ACPI, Kind::Reserved),
+        // The tables, and the reset vector behind them, must survive the kernel's own use of low memory.
+        (layout::ACPI.start..layout::HIGH_MEMORY, Kind::Reserved),
         (layout::HIGH_MEMORY..memory.low_end(), Kind::Ram),
         // Linux uses ECAM only where it is reserved (PCI firmware specification 3.3, 4.1.2).
         (layout::ECAM, Kind::Reserved),

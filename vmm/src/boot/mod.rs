@@ -89,6 +89,19 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
+/// What a jump to the reset vector finds: `mov dx, port; mov al, value; out dx, al; hlt`, in 16-bit code. Where ACPI is
+/// hardware-reduced and there is no EFI, Linux reboots by this jump and by nothing else (`reboot_init` chooses EFI, which falls
+/// back to the BIOS): without it, a guest that reboots spins for ever.
+const RESET_CODE: [u8; 7] = [
+    0xba,
+    layout::RESET_PORT as u8,
+    (layout::RESET_PORT >> 8) as u8,
+    0xb0,
+    crate::acpi::RESET_VALUE,
+    0xee,
+    0xf4,
+];
+
 /// How the first vCPU begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
@@ -170,6 +183,7 @@ impl Kernel {
     ) -> Result<Entry, BootError> {
         memory.write("command line", layout::COMMAND_LINE, cmdline.as_bytes())?;
         memory.write("command line", layout::COMMAND_LINE + cmdline.len() as u64, &[0])?;
+        memory.write("reset vector", layout::RESET_VECTOR, &RESET_CODE)?;
         match self.format {
             Format::Elf => pvh::load(&mut self, memory, initramfs),
             Format::BzImage => bzimage::load(&mut self, memory, initramfs, cmdline.len()),

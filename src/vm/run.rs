@@ -37,6 +37,8 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
     if let Err(error) = become_emulator(config) {
         return Ok(refuse(error));
     }
+    // Whatever a guest might make of this process, it gains nothing by starting a program.
+    nix::sys::prctl::set_no_new_privs().context("giving up new privileges")?;
     let target = Target::default();
     obey_signals(target.clone())?;
     loop {

@@ -4,8 +4,8 @@
 //!   huge pages, mapped for the devices as one run        ordinary memory, which no device sees
 //!   +--------+--------+-----+-----+-----+-- ··· --+      +--------------------------------+
 //!   | ring   | ring   | buf | buf | buf |         |      | for each buffer: home pool,    |
-//!   +--------+--------+-----+-----+-----+-- ··· --+      | taken?, next in a return path  |
-//!     Block             stride of an odd number           +--------------------------------+
+//!   +--------+--------+-----+-----+-----+-- ··· --+      | next in a chain, or held       |
+//!     Block             stride of an odd number          +--------------------------------+
 //!                       of cache lines
 //! ```
 //!
@@ -16,7 +16,7 @@
 mod block;
 mod pool;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use host::memory::{MemoryError, Pages, SharedMemory};
@@ -24,7 +24,10 @@ use host::memory::{MemoryError, Pages, SharedMemory};
 use crate::access::{IovaSpace, MapError};
 
 pub use block::Block;
-pub use pool::Pool;
+pub use pool::{Chain, Pool, Stack};
+
+/// Buffers that an arena can have.
+const MOST_BUFFERS: u32 = 1 << 20;
 
 /// Bytes of a buffer, all of them for the frame.
 pub const BUFFER: u32 = 2048;
@@ -37,7 +40,23 @@ const STRIDE: u32 = BUFFER + 64;
 const POOLS: usize = 256;
 
 /// No buffer.
-const NONE: u32 = u32::MAX;
+const NONE: u32 = u32::MAX >> 1;
+
+/// In place of the next one: somebody holds the buffer, under a name. The other bits are the number of the pool that the buffer
+/// belongs to and the name ([`held`]).
+const HELD: u32 = 1 << 31;
+
+/// Bits of a name.
+const NAME_BITS: u32 = 16;
+
+/// What stands in place of the next one while somebody holds a buffer of pool `home` under `name`.
+#[inline(always)]
+const fn held(home: u32, name: u32) -> u32 {
+    HELD | home << NAME_BITS | name
+}
+
+// All pools have numbers that fit, and no number of a buffer looks held.
+const _: () = assert!(POOLS << NAME_BITS < HELD as usize && MOST_BUFFERS < HELD);
 
 /// How an arena is made.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +85,7 @@ pub enum ArenaError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Map(#[from] MapError),
-    #[error("{0} buffers are too many: an arena has at most 1048576")]
+    #[error("{0} buffers are too many: an arena has at most {MOST_BUFFERS}")]
     TooManyBuffers(u32),
     #[error("the arena has {free} buffers left, {wanted} are needed; make it larger, or the rings shorter")]
     Buffers { wanted: u32, free: u32 },
@@ -76,14 +95,62 @@ pub enum ArenaError {
     Pools,
 }
 
-/// What is known of a buffer, outside of its pages.
-struct Meta {
-    /// The next one in its pool's return path.
+/// What is known of a buffer. Relaxed: the threads that pass buffers on do so by a return path, or by a ring.
+struct Link {
+    /// The next one in a stack, a chain or a return path; or that somebody holds it.
     next: AtomicU32,
     /// The pool that it belongs to.
     home: AtomicU32,
-    /// Taken out of a burst by a transmit queue. Written by the thread that has the burst, and read by it when the burst ends.
-    taken: AtomicBool,
+}
+
+/// An arena as a loop uses it: what it needs, at hand.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// Where the first buffer begins.
+    first: usize,
+    /// From an address of this process to one of the devices, wrapping.
+    to_iova: u64,
+    memory: &'a SharedMemory,
+    links: &'a [Link],
+    returns: &'a [Return],
+}
+
+impl View<'_> {
+    /// The first byte of buffer `index`.
+    #[inline(always)]
+    pub fn ptr(self, index: u32) -> *mut u8 {
+        self.memory.as_ptr().with_addr(self.first + index as usize * STRIDE as usize)
+    }
+
+    /// The same, as devices know it.
+    #[inline(always)]
+    pub fn iova(self, index: u32) -> u64 {
+        self.to_iova.wrapping_add((self.first + index as usize * STRIDE as usize) as u64)
+    }
+
+    /// The device's address of `ptr`, a byte of the arena.
+    #[inline(always)]
+    pub fn iova_of(self, ptr: *const u8) -> u64 {
+        self.to_iova.wrapping_add(ptr.addr() as u64)
+    }
+
+    /// The buffer that `ptr` lies in, if it lies in one.
+    #[inline(always)]
+    pub fn buffer_of(self, ptr: *const u8) -> Option<u32> {
+        let place = self.place_of(ptr);
+        (place < self.links.len()).then_some(place as u32)
+    }
+
+    /// Where in the row of buffers `ptr` is, or far behind its end.
+    #[inline(always)]
+    fn place_of(self, ptr: *const u8) -> usize {
+        ptr.addr().wrapping_sub(self.first) / STRIDE as usize
+    }
+
+    /// Whether somebody holds buffer `index`, so that it can be taken out ([`Chain::add`]).
+    pub fn is_held(self, index: u32) -> bool {
+        self.links.get(index as usize).is_some_and(|link| link.next.load(Ordering::Relaxed) & HELD != 0)
+    }
 }
 
 /// Memory for rings and buffers, mapped for devices.
@@ -94,7 +161,8 @@ pub struct Arena {
     iova: u64,
     /// Where the first buffer begins.
     buffers_at: usize,
-    meta: Box<[Meta]>,
+    /// What is known of each buffer, outside of its pages.
+    links: Box<[Link]>,
     /// The top of each pool's return path.
     returns: Box<[Return]>,
     ledger: Mutex<Ledger>,
@@ -123,7 +191,7 @@ impl Arena {
     /// There is no such memory, or it cannot be mapped.
     pub fn new(options: ArenaOptions, space: Arc<dyn IovaSpace>) -> Result<Arc<Self>, ArenaError> {
         let ArenaOptions { rings, buffers, pages, node } = options;
-        if buffers > 1 << 20 {
+        if buffers > MOST_BUFFERS {
             return Err(ArenaError::TooManyBuffers(buffers));
         }
         let buffers_at = rings.next_multiple_of(4096);
@@ -136,8 +204,7 @@ impl Arena {
             );
         }
         let iova = space.map(&memory)?;
-        let meta =
-            || Meta { next: AtomicU32::new(NONE), home: AtomicU32::new(NONE), taken: AtomicBool::new(false) };
+        let link = || Link { next: AtomicU32::new(NONE), home: AtomicU32::new(NONE) };
         let ledger = Ledger {
             buffers: (0..buffers).rev().collect(),
             rings: vec![(0, buffers_at)],
@@ -149,7 +216,7 @@ impl Arena {
             space,
             iova,
             buffers_at,
-            meta: (0..buffers).map(|_| meta()).collect(),
+            links: (0..buffers).map(|_| link()).collect(),
             returns: (0..POOLS).map(|_| Return(AtomicU32::new(NONE))).collect(),
             ledger: Mutex::new(ledger),
         }))
@@ -165,65 +232,17 @@ impl Arena {
         self.memory.pages()
     }
 
-    /// The first byte of buffer `index`, which is one of this arena's.
+    /// As a loop uses it.
     #[inline(always)]
-    pub fn ptr(&self, index: u32) -> *mut u8 {
-        debug_assert!((index as usize) < self.meta.len());
-        self.memory.as_ptr().wrapping_add(self.offset(index))
-    }
-
-    /// The same, as devices know it.
-    #[inline(always)]
-    pub fn iova(&self, index: u32) -> u64 {
-        self.iova + self.offset(index) as u64
-    }
-
-    #[inline(always)]
-    fn offset(&self, index: u32) -> usize {
-        self.buffers_at + index as usize * STRIDE as usize
-    }
-
-    /// The device's address of `ptr`, a byte of this arena.
-    #[inline(always)]
-    pub fn iova_of(&self, ptr: *const u8) -> u64 {
-        self.iova + ptr.addr().wrapping_sub(self.memory.as_ptr().addr()) as u64
-    }
-
-    /// The buffer that `ptr` lies in, if it lies in one.
-    #[inline(always)]
-    pub fn buffer_of(&self, ptr: *const u8) -> Option<u32> {
-        let first = self.memory.as_ptr().addr() + self.buffers_at;
-        let index = ptr.addr().wrapping_sub(first) / STRIDE as usize;
-        (index < self.meta.len()).then_some(index as u32)
-    }
-
-    /// Takes buffer `index` out of the burst that holds it; false if somebody did already. Only by the thread that has the
-    /// burst.
-    #[inline(always)]
-    pub fn take_out(&self, index: u32) -> bool {
-        match self.meta.get(index as usize) {
-            Some(meta) if !meta.taken.load(Ordering::Relaxed) => {
-                meta.taken.store(true, Ordering::Relaxed);
-                true
-            }
-            _ => false,
+    pub fn view(&self) -> View<'_> {
+        let start = self.memory.as_ptr().addr();
+        View {
+            first: start + self.buffers_at,
+            to_iova: self.iova.wrapping_sub(start as u64),
+            memory: &self.memory,
+            links: &self.links,
+            returns: &self.returns,
         }
-    }
-
-    /// Whether buffer `index` could still be taken out.
-    pub fn is_in_burst(&self, index: u32) -> bool {
-        self.meta.get(index as usize).is_some_and(|meta| !meta.taken.load(Ordering::Relaxed))
-    }
-
-    /// Whether buffer `index` was taken out of the burst that ends now; forgets it.
-    #[inline(always)]
-    pub fn was_taken_out(&self, index: u32) -> bool {
-        let Some(meta) = self.meta.get(index as usize) else { return false };
-        let taken = meta.taken.load(Ordering::Relaxed);
-        if taken {
-            meta.taken.store(false, Ordering::Relaxed);
-        }
-        taken
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -280,25 +299,19 @@ mod tests {
     #[test]
     fn every_byte_of_a_buffer_and_none_beside_the_buffers_leads_back_to_it() {
         let arena = Arena::new(options(3), Arc::new(Noted::default())).unwrap();
+        let (arena, memory) = (arena.view(), &arena.memory);
         for index in 0..3 {
             let ptr = arena.ptr(index);
             assert_eq!(
                 (arena.buffer_of(ptr), arena.buffer_of(ptr.wrapping_add(2047))),
                 (Some(index), Some(index))
             );
-            assert_eq!(arena.iova(index) - 0x1_0000_0000, (ptr.addr() - arena.memory.as_ptr().addr()) as u64);
+            assert_eq!(arena.iova(index) - 0x1_0000_0000, (ptr.addr() - memory.as_ptr().addr()) as u64);
             assert_eq!(arena.iova_of(ptr), arena.iova(index));
         }
         assert_eq!(arena.buffer_of(arena.ptr(0).wrapping_sub(1)), None);
         assert_eq!(arena.buffer_of(arena.ptr(2).wrapping_add(STRIDE as usize)), None);
         assert_eq!(arena.buffer_of(std::ptr::null()), None);
-    }
-
-    #[test]
-    fn a_buffer_is_taken_out_of_a_burst_once() {
-        let arena = Arena::new(options(3), Arc::new(Noted::default())).unwrap();
-        assert!(arena.take_out(1) && !arena.take_out(1) && !arena.take_out(3));
-        assert!(arena.was_taken_out(1) && !arena.was_taken_out(1) && !arena.was_taken_out(0));
     }
 
     #[test]

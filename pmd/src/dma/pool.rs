@@ -1,34 +1,162 @@
 //! A pool of buffers: a stack for its owner, and a return path for everybody else.
 //!
-//! A pool has one user at a time (a queue, on one worker). A buffer that another worker's transmit queue had comes back by the
-//! return path: that worker pushes a batch with one compare-exchange, the owner takes all of them with one swap when its stack
-//! is empty. Nothing is ever popped singly, so the path has no ABA problem; nobody waits, nothing is allocated.
+//! A pool has one user at a time (a queue, on one worker). Buffers that a transmit queue takes out of a burst form a [`Chain`];
+//! when the device has sent them, the whole chain goes home by the return path of its pool with one compare-exchange. The owner
+//! takes all that came back with one swap, when its stack is empty. Nothing is ever popped singly by two parties, so the path
+//! has no ABA problem; nobody waits, nothing is allocated, and no buffer costs an atomic read-modify-write of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Arena, ArenaError, Ledger, NONE};
+use super::{Arena, ArenaError, Ledger, NAME_BITS, NONE, View, held};
 
 /// Free buffers of one user.
 pub struct Pool {
     arena: Arc<Arena>,
-    number: u32,
-    free: Vec<u32>,
+    stack: Stack,
     /// Buffers that belong to it, wherever they are.
     total: u32,
-    /// Buffers of other pools that go home together.
-    batch: Batch,
 }
 
-/// Buffers of one pool, linked by their `next`, on their way to its return path.
-struct Batch {
+/// The free buffers of a pool, linked by `next`, the one used last on top. Small: a loop works on a copy of its own.
+#[derive(Clone, Copy)]
+pub struct Stack {
+    number: u32,
+    top: u32,
+}
+
+impl Stack {
+    /// A free buffer, the one used last if it can be; it is held from now on, under `name` (below 2^16).
+    #[inline(always)]
+    pub fn take(&mut self, view: View<'_>, name: u32) -> Option<u32> {
+        if self.top == NONE {
+            *self = self.collected(view);
+        }
+        self.take_as(view, self.mark(name))
+    }
+
+    /// What marks a buffer of this pool that is held under `name`; the next name's is one more.
+    #[inline(always)]
+    pub fn mark(&self, name: u32) -> u32 {
+        held(self.number, name)
+    }
+
+    /// As [`Stack::take`], with the mark of the name; none if the stack is empty, which [`Stack::collected`] may change.
+    #[inline(always)]
+    pub fn take_as(&mut self, view: View<'_>, mark: u32) -> Option<u32> {
+        let index = self.top;
+        let link = view.links.get(index as usize)?;
+        self.top = link.next.load(Ordering::Relaxed);
+        link.next.store(mark, Ordering::Relaxed);
+        Some(index)
+    }
+
+    /// This stack, which is empty, with all that came back.
+    #[cold]
+    #[inline(never)]
+    pub fn collected(self, view: View<'_>) -> Self {
+        let Some(path) = view.returns.get(self.number as usize) else { return self };
+        // An idle poll reads the line and does not write it.
+        let back = path.0.load(Ordering::Relaxed) != NONE;
+        Self { top: if back { path.0.swap(NONE, Ordering::Acquire) } else { NONE }, ..self }
+    }
+
+    /// Whether there is no buffer on it.
+    pub fn is_empty(&self) -> bool {
+        self.top == NONE
+    }
+
+    /// Whether `index`, a buffer of this pool, is held under the name of `mark` still: it was not taken out, nor taken out, sent,
+    /// and taken anew under another name.
+    ///
+    /// # Safety
+    /// `index` is a buffer of the arena.
+    #[inline(always)]
+    pub unsafe fn holds(view: View<'_>, index: u32, mark: u32) -> bool {
+        // SAFETY: there is a link for each buffer of the arena.
+        unsafe { view.links.get_unchecked(index as usize) }.next.load(Ordering::Relaxed) == mark
+    }
+
+    /// Gives back `index`, which belongs here.
+    #[inline(always)]
+    pub fn put(&mut self, view: View<'_>, index: u32) {
+        if let Some(link) = view.links.get(index as usize) {
+            link.next.store(self.top, Ordering::Relaxed);
+            self.top = index;
+        }
+    }
+}
+
+/// Buffers of one pool that go home together.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
     home: u32,
     first: u32,
     last: u32,
 }
 
-impl Batch {
-    const EMPTY: Batch = Batch { home: NONE, first: NONE, last: NONE };
+impl Chain {
+    /// No buffers.
+    pub const EMPTY: Chain = Chain { home: NONE, first: NONE, last: NONE };
+
+    /// A chain for buffers of the pool that `index` belongs to, which is the first to be added.
+    #[inline(always)]
+    pub fn beginning_with(view: View<'_>, index: u32) -> Chain {
+        let home = view.links.get(index as usize).map_or(NONE, |link| link.home.load(Ordering::Relaxed));
+        Chain { home, first: NONE, last: index }
+    }
+
+    /// Takes buffer `index` out of whoever holds it, into the chain. Not if somebody took it already, or if it belongs to another
+    /// pool than those before. Only by the thread that has the burst, or the buffer.
+    #[inline(always)]
+    pub fn add(&mut self, view: View<'_>, index: u32) -> bool {
+        self.add_at(view, index as usize)
+    }
+
+    /// As [`Chain::add`], for the buffer that `ptr` lies in, if it lies in one.
+    #[inline(always)]
+    pub fn add_buffer_of(&mut self, view: View<'_>, ptr: *const u8) -> bool {
+        self.add_at(view, view.place_of(ptr))
+    }
+
+    #[inline(always)]
+    fn add_at(&mut self, view: View<'_>, index: usize) -> bool {
+        let Some(link) = view.links.get(index) else { return false };
+        if link.next.load(Ordering::Relaxed) >> NAME_BITS != held(self.home, 0) >> NAME_BITS {
+            return false;
+        }
+        link.next.store(self.first, Ordering::Relaxed);
+        // There are fewer than 2^32 links.
+        self.first = index as u32;
+        true
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.first == NONE
+    }
+
+    /// Sends the buffers home. Any thread.
+    #[inline]
+    pub fn go_home(&self, view: View<'_>) {
+        let (Some(path), Some(last)) =
+            (view.returns.get(self.home as usize), view.links.get(self.last as usize))
+        else {
+            return;
+        };
+        if self.is_empty() {
+            return;
+        }
+        let mut top = path.0.load(Ordering::Relaxed);
+        loop {
+            last.next.store(top, Ordering::Relaxed);
+            // Release: whoever takes the path sees every `next`, and everything done with the buffers.
+            match path.0.compare_exchange_weak(top, self.first, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(now) => top = now,
+            }
+        }
+    }
 }
 
 impl Pool {
@@ -44,14 +172,15 @@ impl Pool {
             return Err(ArenaError::Buffers { wanted: count, free: free as u32 });
         };
         let number = ledger.numbers.pop().ok_or(ArenaError::Pools)?;
-        // Room for what other pools' buffers never need: only its own come back here.
-        let free = ledger.buffers.split_off(at);
-        for &index in &free {
-            if let Some(meta) = arena.meta.get(index as usize) {
-                meta.home.store(number, Ordering::Relaxed);
+        let mut stack = Stack { number, top: NONE };
+        let view = arena.view();
+        for index in ledger.buffers.split_off(at) {
+            if let Some(link) = view.links.get(index as usize) {
+                link.home.store(number, Ordering::Relaxed);
             }
+            stack.put(view, index);
         }
-        Ok(Self { arena: arena.clone(), number, free, total: count, batch: Batch::EMPTY })
+        Ok(Self { arena: arena.clone(), stack, total: count })
     }
 
     /// The arena that its buffers are in.
@@ -59,90 +188,42 @@ impl Pool {
         &self.arena
     }
 
-    /// A free buffer, the one used last if it can be.
+    /// The arena, for a loop, and the free buffers.
     #[inline(always)]
+    pub fn parts(&mut self) -> (View<'_>, &mut Stack) {
+        (self.arena.view(), &mut self.stack)
+    }
+
+    /// As [`Stack::take`], under the name 0.
     pub fn take(&mut self) -> Option<u32> {
-        match self.free.pop() {
-            Some(index) => Some(index),
-            None => self.take_returned(),
-        }
+        self.stack.take(self.arena.view(), 0)
     }
 
-    /// Takes all that came back by the return path onto the stack, and one of them.
-    #[cold]
-    fn take_returned(&mut self) -> Option<u32> {
-        let path = self.arena.returns.get(self.number as usize)?;
-        // An idle poll reads the line and does not write it.
-        if path.0.load(Ordering::Relaxed) == NONE {
-            return None;
-        }
-        self.arena.collect(self.number, |index| self.free.push(index));
-        self.free.pop()
-    }
-
-    /// Gives `index` back: to this pool, or (after [`Pool::flush`] at the latest) to the one that it belongs to.
-    #[inline(always)]
+    /// As [`Stack::put`].
     pub fn put(&mut self, index: u32) {
-        let Some(meta) = self.arena.meta.get(index as usize) else { return };
-        let home = meta.home.load(Ordering::Relaxed);
-        if home == self.number {
-            // Never allocates: the stack once held all that belong here.
-            self.free.push(index);
-            return;
-        }
-        if home == self.batch.home {
-            meta.next.store(self.batch.first, Ordering::Relaxed);
-            self.batch.first = index;
-            return;
-        }
-        self.flush();
-        self.batch = Batch { home, first: index, last: index };
-    }
-
-    /// Sends the buffers of other pools home.
-    #[inline]
-    pub fn flush(&mut self) {
-        if self.batch.home != NONE {
-            let batch = std::mem::replace(&mut self.batch, Batch::EMPTY);
-            self.arena.give_back(&batch);
-        }
+        self.stack.put(self.arena.view(), index);
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.flush();
         let mut ledger = self.arena.ledger();
-        let missing = self.total - self.free.len() as u32;
-        ledger.buffers.append(&mut self.free);
-        ledger.retired.push((self.number, missing));
+        let before = ledger.buffers.len();
+        ledger.buffers.extend(std::iter::from_fn(|| self.stack.take(self.arena.view(), 0)));
+        let missing = self.total - (ledger.buffers.len() - before) as u32;
+        ledger.retired.push((self.stack.number, missing));
         self.arena.sweep(&mut ledger);
     }
 }
 
 impl Arena {
-    /// Pushes a batch onto its pool's return path. Any thread.
-    fn give_back(&self, batch: &Batch) {
-        let Some(last) = self.meta.get(batch.last as usize) else { return };
-        let Some(path) = self.returns.get(batch.home as usize) else { return };
-        let mut top = path.0.load(Ordering::Relaxed);
-        loop {
-            last.next.store(top, Ordering::Relaxed);
-            // Release: whoever takes the path sees every `next`, and everything done with the buffers.
-            match path.0.compare_exchange_weak(top, batch.first, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return,
-                Err(now) => top = now,
-            }
-        }
-    }
-
-    /// Takes everything off the return path of pool `number`; returns how many that was. Only by the pool's user.
+    /// Takes everything off the return path of pool `number`, which is gone; returns how many that was.
     fn collect(&self, number: u32, mut each: impl FnMut(u32)) -> u32 {
         let Some(path) = self.returns.get(number as usize) else { return 0 };
         let mut index = path.0.swap(NONE, Ordering::Acquire);
         let mut count = 0;
-        while let Some(meta) = self.meta.get(index as usize) {
-            let next = meta.next.load(Ordering::Relaxed);
+        while let Some(link) = self.links.get(index as usize) {
+            let next = link.next.load(Ordering::Relaxed);
             each(index);
             count += 1;
             index = next;
@@ -200,20 +281,47 @@ mod tests {
         assert!(error.starts_with("the arena has 2 buffers left, 3 are needed"), "{error}");
     }
 
+    /// Sends these home, all of the same pool.
+    fn send_home(arena: &Arena, indices: &[u32]) {
+        let mut chain = Chain::EMPTY;
+        for &index in indices {
+            if chain.is_empty() {
+                chain = Chain::beginning_with(arena.view(), index);
+            }
+            assert!(chain.add(arena.view(), index));
+        }
+        chain.go_home(arena.view());
+    }
+
     #[test]
-    fn a_buffer_given_to_another_pool_comes_home_even_when_that_one_is_gone() {
+    fn a_buffer_is_taken_out_once_and_chains_hold_those_of_one_pool() {
         let arena = arena(4);
         let (mut a, mut b) = (Pool::new(&arena, 2).unwrap(), Pool::new(&arena, 2).unwrap());
+        let (x, y, view) = (a.take().unwrap(), b.take().unwrap(), arena.view());
+        let mut chain = Chain::EMPTY;
+        assert!(!chain.add(view, x), "of no pool yet");
+        chain = Chain::beginning_with(view, x);
+        assert!(chain.is_empty() && chain.add(view, x) && !chain.add(view, x), "once");
+        assert!(!chain.add(view, y), "of another pool");
+        chain.go_home(view);
+        Chain::EMPTY.go_home(view);
+        assert_eq!((a.take().is_some(), a.take(), a.take()), (true, Some(x), None));
+        // SAFETY: `x` is a buffer of the arena.
+        let holds = |name| unsafe { Stack::holds(view, x, a.stack.mark(name)) };
+        assert!(holds(0) && !holds(1) && chain.add(view, x), "it can be taken out again");
+        assert!(!view.is_held(x));
+    }
+
+    #[test]
+    fn a_buffer_comes_home_even_when_its_pool_is_gone() {
+        let arena = arena(4);
+        let (mut a, b) = (Pool::new(&arena, 2).unwrap(), Pool::new(&arena, 2).unwrap());
         let [x, y] = [a.take(), a.take()].map(Option::unwrap);
-        b.put(x);
-        assert_eq!(a.take(), None, "not before it was flushed");
-        b.flush();
+        send_home(&arena, &[x]);
         assert_eq!((a.take(), a.take()), (Some(x), None));
         drop(a);
         assert!(Pool::new(&arena, 1).is_err(), "two buffers of the dropped pool are still under way");
-        b.put(x);
-        b.put(y);
-        b.flush();
+        send_home(&arena, &[x, y]);
         let mut c = Pool::new(&arena, 2).unwrap();
         let home = all(&mut c);
         assert_eq!(home, BTreeSet::from([x, y]));
@@ -233,18 +341,19 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
-                    let mut other = Pool::new(&arena, 0).unwrap();
+                    let mut several = Vec::new();
                     while let Ok(index) = { from.lock().unwrap().recv() } {
-                        other.put(index);
-                        if index % 3 != 0 {
-                            other.flush();
+                        several.push(index);
+                        if several.len() == 3 {
+                            send_home(&arena, &several);
+                            several.clear();
                         }
                     }
+                    send_home(&arena, &several);
                 });
             }
             let mut sent = 0;
             while sent < 20_000 {
-                // What a worker holds back in its batch is never so much that the owner starves for good.
                 match pool.take() {
                     Some(index) => {
                         to.send(index).unwrap();

@@ -3,6 +3,8 @@
 //!
 //! What the device writes is read in one load, and only that copy is judged.
 
+use port::Offload;
+
 /// A descriptor as both sides see it. Accessed with volatile loads and stores only.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
@@ -22,13 +24,11 @@ impl Received {
     const DD: u64 = 1 << 0;
     /// The frame ends here.
     const EOP: u64 = 1 << 1;
-    /// Checksums were not looked at.
+    /// Checksums are to be ignored.
     const IXSM: u64 = 1 << 2;
     /// A VLAN tag was taken off.
     const VP: u64 = 1 << 3;
-    /// The UDP checksum was calculated.
-    const UDPCS: u64 = 1 << 4;
-    /// The TCP (or UDP) checksum was calculated.
+    /// The TCP or UDP checksum was calculated.
     const TCPCS: u64 = 1 << 5;
     /// Errors that make a frame no frame: CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data
     /// (RXE).
@@ -75,10 +75,21 @@ impl Received {
         (self.0 >> 24) as u8
     }
 
-    /// Whether the device found the checksum of TCP or UDP right.
+    /// As [`Received::offload`], of a descriptor without errors.
     #[inline(always)]
-    pub(super) fn checksum_good(self) -> bool {
-        self.0 & (Self::IXSM | Self::TCPE | Self::IPE) == 0 && self.0 & (Self::TCPCS | Self::UDPCS) != 0
+    pub(super) fn offload_of_whole(self) -> Offload {
+        // Of TCPCS (0x20) and IXSM (0x04), the first must be set and the second not: shifted by the two, bit 33 only then becomes
+        // the flag.
+        Offload { low: (1 << 33) >> (self.0 & (Self::TCPCS | Self::IXSM)) & 2, csum_offset: 0 }
+    }
+
+    /// DATA_VALID if the device found the checksum of TCP or UDP right, and nothing else.
+    #[inline(always)]
+    pub(super) fn offload(self) -> Offload {
+        // TCPCS (bit 5) moves to the flag's place, where IXSM (bit 2) and the errors (bits 29 and 30) clear it.
+        const _: () = assert!(Offload::DATA_VALID == 2 && Received::TCPCS == 1 << 5);
+        let wrong = self.0 >> 1 | self.0 >> 28 | self.0 >> 29;
+        Offload { low: self.0 >> 4 & !wrong & 2, csum_offset: 0 }
     }
 }
 
@@ -120,10 +131,16 @@ mod tests {
     fn a_written_descriptor_tells_length_tag_and_what_is_wrong() {
         let d = Received(0x0123_05dc_2000_002b);
         assert_eq!((d.done(), d.ends(), d.len(), d.tag()), (true, true, 1500, Some(0x123)));
-        assert!(!d.damaged() && !d.checksum_good() && d.errors() == 0x20, "TCPE");
+        assert!(!d.damaged() && d.offload() == Offload::NONE && d.errors() == 0x20, "TCPE");
         let good = Received(0x0123_05dc_0000_0023);
-        assert!(good.checksum_good() && good.tag().is_none());
-        assert!(!Received(0x0123_05dc_0000_0027).checksum_good(), "IXSM");
+        for checksum in 0..16 {
+            let whole = Received(3 | checksum << 2);
+            assert_eq!(whole.offload_of_whole(), whole.offload(), "{checksum:#b}");
+        }
+        assert!(good.offload().flags() == Offload::DATA_VALID && good.tag().is_none());
+        for bad in [1 << 2, 1 << 29, 1 << 30] {
+            assert_eq!(Received(good.0 | bad).offload(), Offload::NONE, "IXSM, TCPE, IPE");
+        }
         for bit in [0, 1, 2, 4, 7] {
             assert!(Received(1 << (24 + bit)).damaged());
         }

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use port::{Burst, BurstBuffer, DropReason, Frame, FrameSet, MAX_BURST, Offload, Release, RxQueue, Segment};
-use virtio::memory::copy::{full_fence, prefetch_read, read_head};
+use port::{Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, MAX_BURST, Release, RxQueue, Segment};
+use virtio::memory::copy::{copy, copy_64, full_fence, prefetch_read};
 
 use super::counters::ReceiveCounters;
 use super::descriptors::{Descriptor, Received};
@@ -17,10 +17,13 @@ use super::error::DeviceError;
 use super::regs::RDT;
 use super::{MAX_DESCRIPTORS, MIN_FRAME, QUEUE};
 use crate::access::PciDevice;
-use crate::dma::{BUFFER, Pool};
+use crate::dma::{BUFFER, Pool, Stack};
 
 /// Descriptors given to the device at a time: a register write costs as much as several frames.
 const REFILL: u32 = 32;
+
+/// The shortest frame that is handled without looking twice. A wire has none below 60 bytes.
+const LEAST_SIMPLE: u32 = HEAD as u32 - 8;
 
 /// No buffer in a place of the ring.
 const NONE: u32 = u32::MAX;
@@ -31,12 +34,16 @@ pub struct Receive<D: PciDevice> {
     mask: u32,
     /// The next descriptor to read; counts on without wrapping to the ring.
     next: u32,
-    /// The next descriptor to give to the device.
-    tail: u32,
+    /// The first place whose descriptor has no buffer for the device: as far behind `next` as the ring is long, unless buffers
+    /// run short.
+    filled: u32,
+    /// What the device was told (its tail, before it wraps).
+    told: u32,
     /// Descriptors that the current burst has.
     taken: u32,
-    /// Longest frame in bytes, without FCS.
+    /// Longest frame in bytes, without FCS; and of one in a single buffer, less LEAST_SIMPLE.
     max: u32,
+    simple: u32,
     /// The buffer at each place of the ring.
     slots: Box<[u32]>,
     pool: Pool,
@@ -50,14 +57,14 @@ pub struct Receive<D: PciDevice> {
 // touch it.
 unsafe impl<D: PciDevice> Send for Receive<D> {}
 
-/// What descriptors hold that are not simply a frame.
-enum Odd {
+/// What one or more descriptors hold.
+enum Found {
     /// The end of the frame has not come yet.
     Wait,
     /// No frame, in so many descriptors.
     Drop(DropReason, u32),
-    /// A frame, in so many descriptors.
-    Frame(u32),
+    /// A frame, in so many descriptors, and the tag taken off it.
+    Frame(u32, Option<u16>),
 }
 
 impl<D: PciDevice> Receive<D> {
@@ -66,9 +73,11 @@ impl<D: PciDevice> Receive<D> {
             ring: core.receive_ring().cast(),
             mask: size - 1,
             next: 0,
-            tail: 0,
+            filled: 0,
+            told: 0,
             taken: 0,
             max,
+            simple: max.min(BUFFER) - LEAST_SIMPLE,
             slots: vec![NONE; size as usize].into(),
             pool,
             core,
@@ -92,9 +101,18 @@ impl<D: PciDevice> Receive<D> {
     /// The descriptor at `at`, as the device wrote it, read once.
     #[inline(always)]
     fn written(&self, at: u32) -> Received {
-        // SAFETY: the place is inside the ring by the mask; `core` keeps the ring's memory; the device may write at any time:
-        // volatile, and a single load for the whole word.
-        let word = unsafe { (&raw const (*self.ring.add((at & self.mask) as usize)).0[1]).read_volatile() };
+        // SAFETY: the place is inside the ring by the mask; `core` keeps the ring's memory.
+        unsafe { Self::written_at(self.ring.add((at & self.mask) as usize)) }
+    }
+
+    /// # Safety
+    /// `descriptor` is one of the ring's.
+    #[inline(always)]
+    unsafe fn written_at(descriptor: *const Descriptor) -> Received {
+        // SAFETY: the caller's promise. The device may write at any time: volatile, and a single load for the whole word.
+        let word = unsafe { (&raw const (*descriptor).0[1]).read_volatile() };
+        // What lies behind the descriptor is read after it.
+        fence(Ordering::Acquire);
         Received(u64::from_le(word))
     }
 
@@ -104,14 +122,57 @@ impl<D: PciDevice> Receive<D> {
         self.slots.get((at & self.mask) as usize).copied().unwrap_or(NONE)
     }
 
-    /// Gives the device buffers in all places of the ring that have none. One place stays free: head equal to tail means empty.
+    /// Descriptors that the device has. One place is never its: head equal to tail means empty.
+    #[inline(always)]
+    fn posted(&self) -> u32 {
+        self.filled.wrapping_sub(self.next).min(self.mask)
+    }
+
+    /// Whether there are places without buffers.
+    #[inline(always)]
+    fn is_short(&self) -> bool {
+        self.filled.wrapping_sub(self.next) <= self.mask
+    }
+
+    /// Gives the device a buffer.
+    ///
+    /// # Safety
+    /// `descriptor` is one of the ring's, and the device does not have it.
+    #[inline(always)]
+    unsafe fn place(descriptor: *mut Descriptor, address: u64) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            (&raw mut (*descriptor).0[0]).write_volatile(address.to_le());
+            (&raw mut (*descriptor).0[1]).write_volatile(0);
+        }
+    }
+
+    /// The burst ends, at `end`, while buffers are short: those that were taken out leave their places empty.
+    #[cold]
+    #[inline(never)]
+    fn give_up_taken(&mut self, end: u32) {
+        while self.next != end {
+            let (arena, stack) = self.pool.parts();
+            if let Some(slot) = self.slots.get_mut((self.next & self.mask) as usize)
+                // SAFETY: a place that the device had has a buffer.
+                && unsafe { !Stack::holds(arena, *slot, stack.mark(self.next & self.mask)) }
+            {
+                *slot = NONE;
+            }
+            self.next = self.next.wrapping_add(1);
+        }
+    }
+
+    /// Finds buffers for the places that have none.
+    #[cold]
+    #[inline(never)]
     fn refill(&mut self) {
-        let before = self.tail;
-        let arena = self.pool.arena().clone();
-        while self.tail.wrapping_sub(self.next) < self.mask {
-            let Some(slot) = self.slots.get_mut((self.tail & self.mask) as usize) else { break };
+        let (arena, stack) = self.pool.parts();
+        while self.filled.wrapping_sub(self.next) <= self.mask {
+            let at = (self.filled & self.mask) as usize;
+            let Some(slot) = self.slots.get_mut(at) else { break };
             if *slot == NONE {
-                match self.pool.take() {
+                match stack.take(arena, self.filled & self.mask) {
                     Some(index) => *slot = index,
                     None => {
                         self.counters.starved.add(1);
@@ -119,120 +180,154 @@ impl<D: PciDevice> Receive<D> {
                     }
                 }
             }
-            let address = arena.iova(*slot).to_le();
-            // SAFETY: as in `written`; the device does not have this descriptor.
-            unsafe {
-                let descriptor = self.ring.add((self.tail & self.mask) as usize);
-                (&raw mut (*descriptor).0[0]).write_volatile(address);
-                (&raw mut (*descriptor).0[1]).write_volatile(0);
-            }
-            self.tail = self.tail.wrapping_add(1);
+            // SAFETY: inside the ring by the mask; what is not filled is not the device's.
+            unsafe { Self::place(self.ring.add(at), arena.iova(*slot)) };
+            self.filled = self.filled.wrapping_add(1);
         }
-        if self.tail != before {
-            fence(Ordering::Release);
-            self.core.regs().write_number(RDT(QUEUE), self.tail & self.mask);
-        }
+        self.announce(1);
     }
 
-    /// Refills where enough places are free.
+    /// Tells the device of new buffers, if there are `least` of them.
     #[inline(always)]
-    fn feed(&mut self) {
-        if self.mask - self.tail.wrapping_sub(self.next) >= REFILL {
-            self.refill();
+    fn announce(&mut self, least: u32) {
+        let tail = self.next.wrapping_add(self.posted());
+        if tail.wrapping_sub(self.told) >= least {
+            self.told = tail;
+            fence(Ordering::Release);
+            self.core.regs().write_number(RDT(QUEUE), tail & self.mask);
         }
     }
 
     /// Fills `buffer` with frames; how many.
     #[inline(always)]
     fn read(&mut self, buffer: &mut BurstBuffer) -> usize {
-        let posted = self.tail.wrapping_sub(self.next);
-        let (mut frames, mut taken, mut dropped, mut bytes, mut segments) = (0, 0, 0, 0, 0);
-        let strips = self.core.strips_tags();
-        while taken < posted && self.core.runs() {
+        self.taken = 0;
+        if !self.core.runs() {
+            return 0;
+        }
+        let arena = self.pool.arena().view();
+        let simple = self.simple;
+        let (first, mut head) = (buffer.frames.as_mut_ptr(), buffer.heads.as_mut_ptr());
+        let mut frame = first;
+        let posted = self.next.wrapping_add(self.posted());
+        let mut left = self.posted().min(MAX_BURST as u32);
+        let mut bytes = 0u32;
+        let mut place = (self.next & self.mask) as usize;
+        // Up to the end of the ring, and on from its start.
+        'burst: while left > 0 {
+            let run = left.min(self.mask + 1 - place as u32);
+            // SAFETY: ring and slots have `mask + 1` places.
+            let (mut descriptor, mut slot) =
+                unsafe { (self.ring.add(place), self.slots.as_ptr().add(place)) };
+            let end = descriptor.wrapping_add(run as usize);
+            while descriptor != end {
+                // SAFETY: inside the ring, as `end` is its end at most.
+                let (d, index) = unsafe { (Self::written_at(descriptor), *slot) };
+                let len = d.len();
+                let over = len.wrapping_sub(LEAST_SIMPLE);
+                if d.0 & Received::WHOLE_MASK != Received::WHOLE || over > simple {
+                    break 'burst;
+                }
+                (descriptor, slot) = (descriptor.wrapping_add(1), slot.wrapping_add(1));
+                bytes += len;
+                let ptr = arena.ptr(index);
+                // SAFETY: there are MAX_BURST places for frames and heads, and no more than that are filled (`left`). A buffer
+                // has BUFFER bytes, more than a head, in the arena, which `pool` keeps.
+                unsafe {
+                    copy_64((&raw mut (*head).0).cast(), ptr);
+                    clear_behind(&mut (*head).0, over);
+                    let offload = d.offload_of_whole();
+                    *frame = Frame { ptr, first_len: len, len, more_at: 0, more: 0, offload };
+                    (frame, head) = (frame.add(1), head.add(1));
+                }
+            }
+            (left, place) = (left - run, 0);
+        }
+        // SAFETY: both point into the same array.
+        let whole = unsafe { frame.offset_from_unsigned(first) } as u32;
+        let at = self.next.wrapping_add(whole);
+        self.taken = whole;
+        self.counters.bytes.add(bytes.into());
+        self.counters.frames.add(whole.into());
+        if self.core.strips_tags() {
+            self.note_tags(whole);
+        }
+        // Whatever is not simply a frame, and all that follows it.
+        if at != posted && (whole as usize) < MAX_BURST && self.written(at).done() {
+            self.read_on(buffer)
+        } else {
+            whole as usize
+        }
+    }
+
+    /// Notes the tags that were taken off the frames of the first `n` descriptors.
+    #[cold]
+    #[inline(never)]
+    fn note_tags(&mut self, n: u32) {
+        for i in 0..n {
+            let tag = self.written(self.next.wrapping_add(i)).tag();
+            if let Some(place) = self.tags.get_mut(i as usize) {
+                *place = tag;
+            }
+        }
+    }
+
+    /// Goes on where [`Receive::read`] stopped, after as many frames as descriptors.
+    #[inline(never)]
+    fn read_on(&mut self, buffer: &mut BurstBuffer) -> usize {
+        let (mut frames, mut dropped, mut bytes, mut segments) = (self.taken as usize, 0, 0, 0);
+        let before = frames;
+        let posted = self.posted();
+        while self.taken < posted {
             let (Some(frame), Some(head)) = (buffer.frames.get_mut(frames), buffer.heads.get_mut(frames))
             else {
                 break;
             };
-            let at = self.next.wrapping_add(taken);
-            let d = self.written(at);
-            if !d.done() {
-                break;
-            }
-            // What lies behind the descriptor is read after it.
-            fence(Ordering::Acquire);
-            let len = d.len();
-            let simple = d.0 & Received::WHOLE_MASK == Received::WHOLE;
-            if simple && len.wrapping_sub(MIN_FRAME) <= self.max.min(BUFFER) - MIN_FRAME {
-                let ptr = self.pool.arena().ptr(self.slot(at));
-                // SAFETY: `len` bytes of the buffer, at most BUFFER (checked), in the arena, which `pool` keeps.
-                unsafe { read_head(&mut head.0, ptr, len as usize) };
-                let offload = Self::offload(d);
-                *frame = Frame { ptr, first_len: len, len, more_at: 0, more: 0, offload };
-                taken += 1;
-            } else {
-                match self.read_odd(
-                    at,
-                    posted - taken,
-                    frame,
-                    &mut head.0,
-                    &mut buffer.segments[..],
-                    segments,
-                ) {
-                    Odd::Wait => break,
-                    Odd::Frame(n) => taken += n,
-                    Odd::Drop(reason, n) => {
-                        self.counters.drops.add(reason, 1);
-                        taken += n;
-                        dropped += 1;
-                        continue;
+            let (at, room) = (self.next.wrapping_add(self.taken), &mut buffer.segments[..]);
+            match self.read_any(at, posted - self.taken, frame, &mut head.0, room, segments) {
+                Found::Wait => break,
+                Found::Frame(n, tag) => {
+                    self.taken += n;
+                    segments += usize::from(frame.more);
+                    bytes += u64::from(frame.len);
+                    if let Some(place) = self.tags.get_mut(frames) {
+                        *place = tag;
                     }
+                    frames += 1;
                 }
-                segments += usize::from(frame.more);
+                Found::Drop(reason, n) => {
+                    self.counters.drops.add(reason, 1);
+                    self.taken += n;
+                    dropped += 1;
+                }
             }
-            if strips && let Some(tag) = self.tags.get_mut(frames) {
-                *tag = d.tag();
-            }
-            bytes += u64::from(frame.len);
-            frames += 1;
         }
-        self.taken = taken;
-        if taken > 0 {
-            self.counters.frames.add(frames as u64 + dropped);
-            self.counters.bytes.add(bytes);
-        }
+        self.counters.frames.add((frames - before) as u64 + dropped);
+        self.counters.bytes.add(bytes);
         frames
     }
 
-    #[inline(always)]
-    fn offload(d: Received) -> Offload {
-        let low = if d.checksum_good() { u64::from(Offload::DATA_VALID) } else { 0 };
-        Offload { low, csum_offset: 0 }
-    }
-
-    /// Frames over several descriptors, damaged ones, and what no device should write. At most `posted` descriptors are its.
-    #[cold]
-    #[inline(never)]
-    fn read_odd(
-        &mut self,
+    /// Frames over any number of descriptors, damaged ones, and what no device should write. At most `posted` descriptors are its.
+    fn read_any(
+        &self,
         at: u32,
         posted: u32,
         frame: &mut Frame,
         head: &mut [u8; 64],
         table: &mut [Segment],
         used: usize,
-    ) -> Odd {
+    ) -> Found {
         let mut found = [(0u32, 0u32); MAX_DESCRIPTORS as usize];
         let (mut total, mut count) = (0, 0);
         let last = loop {
             if count == posted {
-                return Odd::Wait;
+                return Found::Wait;
             }
             let here = at.wrapping_add(count);
             let d = self.written(here);
             if !d.done() {
-                return Odd::Wait;
+                return Found::Wait;
             }
-            fence(Ordering::Acquire);
             let Some(place) = found.get_mut(count as usize) else {
                 return self
                     .broken(here, format!("a frame does not end after {MAX_DESCRIPTORS} descriptors"));
@@ -253,16 +348,16 @@ impl<D: PciDevice> Receive<D> {
         }
         let found = found.get(..count as usize).unwrap_or_default();
         if last.damaged() {
-            return Odd::Drop(DropReason::Damaged, count);
+            return Found::Drop(DropReason::Damaged, count);
         }
         if total < MIN_FRAME {
-            return Odd::Drop(DropReason::Runt, count);
+            return Found::Drop(DropReason::Runt, count);
         }
         if total > self.max {
-            return Odd::Drop(DropReason::Oversize, count);
+            return Found::Drop(DropReason::Oversize, count);
         }
-        let Some(room) = table.get_mut(used..used + found.len() - 1) else { return Odd::Wait };
-        let arena = self.pool.arena();
+        let Some(room) = table.get_mut(used..used + found.len() - 1) else { return Found::Wait };
+        let arena = self.pool.arena().view();
         let (mut in_head, mut pieces) = (0, room.iter_mut());
         *head = [0; 64];
         for (i, &(index, len)) in found.iter().enumerate() {
@@ -270,47 +365,71 @@ impl<D: PciDevice> Receive<D> {
             if let Some(rest) = head.get_mut(in_head..) {
                 let n = rest.len().min(len as usize);
                 // SAFETY: `n` bytes of the buffer (`len` was checked), and as many in `rest`.
-                unsafe { virtio::memory::copy::copy(rest.as_mut_ptr(), ptr, n) };
+                unsafe { copy(rest.as_mut_ptr(), ptr, n) };
                 in_head += n;
             }
             if i == 0 {
-                let offload = Self::offload(last);
+                let offload = last.offload();
                 let more = found.len() as u16 - 1;
                 *frame = Frame { ptr, first_len: len, len: total, more_at: used as u16, more, offload };
             } else if let Some(piece) = pieces.next() {
                 *piece = Segment { ptr, len };
             }
         }
-        Odd::Frame(count)
+        Found::Frame(count, last.tag())
     }
 
     /// The device wrote what it cannot mean: the port stops. The frame at hand is not counted as received.
-    fn broken(&mut self, at: u32, what: String) -> Odd {
+    fn broken(&self, at: u32, what: String) -> Found {
         self.core.fail(DeviceError::Broken { descriptor: at & self.mask, what });
-        Odd::Wait
+        Found::Wait
+    }
+}
+
+/// Zeroes what lies behind the frame, whose length is LEAST_SIMPLE and `over` bytes.
+#[inline(always)]
+fn clear_behind(head: &mut [u8; HEAD], over: u32) {
+    // Which bits of the head's last eight bytes are frame, when 0 to 7 or all of these bytes are. No branch: frames of 60 and of
+    // 64 bytes come in any mixture.
+    const KEEP: [u64; 9] = {
+        let mut keep = [u64::MAX; 9];
+        let mut bytes = 0;
+        while bytes < 8 {
+            keep[bytes] = (1 << (8 * bytes)) - 1;
+            bytes += 1;
+        }
+        keep
+    };
+    if let (Some(keep), Some(last)) = (KEEP.get(over.min(8) as usize), head.last_chunk_mut::<8>()) {
+        *last = (u64::from_le_bytes(*last) & keep).to_le_bytes();
     }
 }
 
 impl<D: PciDevice> RxQueue for Receive<D> {
     #[inline(always)]
     fn peek(&mut self) -> usize {
-        self.feed();
-        let posted = self.tail.wrapping_sub(self.next).min(MAX_BURST as u32);
-        let mut waiting = 0;
-        while waiting < posted && self.core.runs() {
-            let at = self.next.wrapping_add(waiting);
-            if !self.written(at).done() {
-                break;
-            }
-            prefetch_read(self.pool.arena().ptr(self.slot(at)));
-            waiting += 1;
+        if self.is_short() {
+            self.refill();
         }
-        waiting as usize
+        let posted = self.posted();
+        if !self.core.runs() || posted == 0 {
+            return 0;
+        }
+        // The device writes descriptors back in order: a few looks tell about how many.
+        for waiting in [32, 8, 1] {
+            if waiting <= posted && self.written(self.next.wrapping_add(waiting - 1)).done() {
+                prefetch_read(self.pool.arena().view().ptr(self.slot(self.next)));
+                return waiting as usize;
+            }
+        }
+        0
     }
 
     #[inline(always)]
     fn poll<'q>(&'q mut self, buffer: &'q mut BurstBuffer) -> Burst<'q> {
-        self.feed();
+        if self.is_short() {
+            self.refill();
+        }
         let frames = self.read(buffer);
         if frames == 0 && self.taken > 0 {
             self.release();
@@ -323,16 +442,55 @@ impl<D: PciDevice> Release for Receive<D> {
     #[inline(always)]
     fn release(&mut self) {
         let end = self.next.wrapping_add(std::mem::take(&mut self.taken));
-        let arena = self.pool.arena();
-        while self.next != end {
-            if let Some(slot) = self.slots.get_mut((self.next & self.mask) as usize)
-                && arena.was_taken_out(*slot)
-            {
-                *slot = NONE;
+        if self.is_short() {
+            self.give_up_taken(end);
+            self.refill();
+        } else {
+            // Each place gets a buffer again: its own, if that is still here.
+            let (arena, pool) = self.pool.parts();
+            let mut stack = *pool;
+            let mut next = self.next;
+            while next != end {
+                let place = next & self.mask;
+                let run = end.wrapping_sub(next).min(self.mask + 1 - place);
+                // SAFETY: ring and slots have `mask + 1` places.
+                let (mut descriptor, first) =
+                    unsafe { (self.ring.add(place as usize), self.slots.as_mut_ptr().add(place as usize)) };
+                let (mut slot, last) = (first, first.wrapping_add(run as usize));
+                let mut mark = stack.mark(place);
+                while slot != last {
+                    // SAFETY: as above, `run` places on at most; each has a buffer.
+                    unsafe {
+                        let mut index = *slot;
+                        if !Stack::holds(arena, index, mark) {
+                            let Some(other) = stack.take_as(arena, mark) else { break };
+                            index = other;
+                            *slot = index;
+                        }
+                        Self::place(descriptor, arena.iova(index));
+                        (descriptor, slot) = (descriptor.add(1), slot.add(1));
+                    }
+                    mark += 1;
+                }
+                // SAFETY: both point into the slots.
+                next = next.wrapping_add(unsafe { slot.offset_from_unsigned(first) } as u32);
+                if slot != last {
+                    stack = stack.collected(arena);
+                    if stack.is_empty() {
+                        break;
+                    }
+                }
             }
-            self.next = self.next.wrapping_add(1);
+            *pool = stack;
+            self.filled = next.wrapping_add(self.mask + 1);
+            self.next = next;
+            if next == end {
+                self.announce(REFILL);
+            } else {
+                self.give_up_taken(end);
+                self.refill();
+            }
         }
-        self.feed();
         full_fence();
     }
 

@@ -16,10 +16,7 @@ use super::device::Core;
 use super::regs::TDT;
 use super::{MAX_DESCRIPTORS, QUEUE};
 use crate::access::PciDevice;
-use crate::dma::{BUFFER, Pool};
-
-/// No buffer at a place of the ring.
-const NONE: u32 = u32::MAX;
+use crate::dma::{BUFFER, Chain, Pool};
 
 /// Bytes of a VLAN tag, and where it begins.
 const TAG: u32 = 4;
@@ -33,20 +30,19 @@ pub struct Transmit<D: PciDevice> {
     next: u32,
     /// The oldest descriptor that the device may still use.
     oldest: u32,
-    /// Descriptors that the device reports on, oldest first: `first_mark` up to `next_mark`, which count on too.
-    marks: Box<[u32]>,
+    /// Descriptors that the device reports on, oldest first, and the buffers of those up to there: `first_mark` up to
+    /// `next_mark`, which count on too.
+    marks: Box<[(u32, Chain)]>,
     first_mark: u32,
     next_mark: u32,
-    /// The last frame's last descriptor, and its second word.
-    last: (u32, u64),
     /// What the device was told about checksums.
     context: Option<(u8, u8)>,
     /// Descriptors were written that the device was not told of.
     unannounced: bool,
     /// Longest frame in bytes, without FCS.
     max: u32,
-    /// The buffer that goes home when the descriptor at a place is done.
-    slots: Box<[u32]>,
+    /// Buffers of the descriptors written since the last mark.
+    chain: Chain,
     pool: Pool,
     core: Arc<Core<D>>,
     counters: Arc<TransmitCounters>,
@@ -62,14 +58,13 @@ impl<D: PciDevice> Transmit<D> {
             mask: size - 1,
             next: 0,
             oldest: 0,
-            marks: vec![0; size as usize].into(),
+            marks: vec![(0, Chain::EMPTY); size as usize].into(),
             first_mark: 0,
             next_mark: 0,
-            last: (0, 0),
             context: None,
             unannounced: false,
             max,
-            slots: vec![NONE; size as usize].into(),
+            chain: Chain::EMPTY,
             pool,
             core,
             counters: Arc::default(),
@@ -88,44 +83,64 @@ impl<D: PciDevice> Transmit<D> {
     }
 
     /// Writes the next descriptor.
-    #[inline(always)]
-    fn write(&mut self, address: u64, flags: u64, buffer: u32) {
-        let place = (self.next & self.mask) as usize;
-        // SAFETY: the place is inside the ring by the mask; `core` keeps the ring's memory; the device does not have this
-        // descriptor (`free`), and was not told of it yet.
-        unsafe {
-            let descriptor = self.ring.add(place);
-            (&raw mut (*descriptor).0[0]).write_volatile(address.to_le());
-            (&raw mut (*descriptor).0[1]).write_volatile(flags.to_le());
-        }
-        if let Some(slot) = self.slots.get_mut(place) {
-            *slot = buffer;
-        }
-        self.last = (self.next, flags);
+    fn write(&mut self, address: u64, flags: u64) {
+        // SAFETY: the place is inside the ring by the mask; `core` keeps the ring's memory.
+        unsafe { Self::write_at(self.ring.add((self.next & self.mask) as usize), address, flags) };
         self.next = self.next.wrapping_add(1);
     }
 
-    /// Asks for a report on the descriptor written last.
+    /// Writes a descriptor.
+    ///
+    /// # Safety
+    /// `descriptor` is one of the ring's; the device does not have it, and was not told of it yet.
+    #[inline(always)]
+    unsafe fn write_at(descriptor: *mut Descriptor, address: u64, flags: u64) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            (&raw mut (*descriptor).0[0]).write_volatile(address.to_le());
+            (&raw mut (*descriptor).0[1]).write_volatile(flags.to_le());
+        }
+    }
+
+    /// Asks for a report on the descriptor written last, if there is one since the last report.
     #[inline(always)]
     fn mark(&mut self) {
-        let (at, flags) = self.last;
+        let at = self.next.wrapping_sub(1);
         // SAFETY: as in `write`: the device was not told of this descriptor yet.
         unsafe {
-            let descriptor = self.ring.add((at & self.mask) as usize);
-            (&raw mut (*descriptor).0[1]).write_volatile((flags | REPORT).to_le());
+            let word = &raw mut (*self.ring.add((at & self.mask) as usize)).0[1];
+            word.write_volatile(word.read_volatile() | REPORT.to_le());
         }
         // There are as many places as descriptors, and a mark stands for at least one.
         if let Some(mark) = self.marks.get_mut((self.next_mark & self.mask) as usize) {
-            *mark = at;
+            *mark = (at, std::mem::replace(&mut self.chain, Chain::EMPTY));
             self.next_mark = self.next_mark.wrapping_add(1);
         }
     }
 
-    /// Takes back what the device has sent.
+    /// Takes buffer `index` until the device has sent it; false if it is nobody's to take.
+    fn take(&mut self, index: u32) -> bool {
+        let arena = self.pool.arena().clone();
+        let view = arena.view();
+        if self.chain.add(view, index) {
+            return true;
+        }
+        // Each mark is for buffers of one pool.
+        if !view.is_held(index) {
+            return false;
+        }
+        if !self.chain.is_empty() {
+            self.mark();
+        }
+        self.chain = Chain::beginning_with(view, index);
+        self.chain.add(view, index)
+    }
+
+    /// Takes back what the device has sent, and lets its buffers go home.
     #[inline(always)]
     fn reclaim(&mut self) {
         while self.first_mark != self.next_mark {
-            let Some(&at) = self.marks.get((self.first_mark & self.mask) as usize) else { break };
+            let Some((at, chain)) = self.marks.get((self.first_mark & self.mask) as usize) else { break };
             // SAFETY: inside the ring by the mask; the device may write at any time: volatile. Whatever it says, only
             // descriptors that were written are taken back.
             let word =
@@ -133,19 +148,10 @@ impl<D: PciDevice> Transmit<D> {
             if u64::from_le(word) & SENT == 0 {
                 break;
             }
+            chain.go_home(self.pool.arena().view());
+            self.oldest = at.wrapping_add(1);
             self.first_mark = self.first_mark.wrapping_add(1);
-            let end = at.wrapping_add(1);
-            while self.oldest != end {
-                if let Some(slot) = self.slots.get_mut((self.oldest & self.mask) as usize)
-                    && *slot != NONE
-                {
-                    self.pool.put(*slot);
-                    *slot = NONE;
-                }
-                self.oldest = self.oldest.wrapping_add(1);
-            }
         }
-        self.pool.flush();
     }
 
     /// A frame that needs more than one descriptor for one buffer; its length as sent.
@@ -190,7 +196,8 @@ impl<D: PciDevice> Transmit<D> {
         };
         let arena = self.pool.arena().clone();
         let as_it_is = edit == TagEdit::Keep || inserts;
-        let ours = |ptr: *const u8| arena.buffer_of(ptr).filter(|&index| arena.is_in_burst(index));
+        let view = arena.view();
+        let ours = |ptr: *const u8| view.buffer_of(ptr).filter(|&index| view.is_held(index));
         let uncopied =
             as_it_is && frame.more < MAX_DESCRIPTORS as u16 && pieces().all(|(ptr, _)| ours(ptr).is_some());
         let descriptors = if uncopied {
@@ -211,9 +218,9 @@ impl<D: PciDevice> Transmit<D> {
             self.tell(checksum, told);
             for (i, (ptr, len)) in pieces().enumerate() {
                 let Some(index) = ours(ptr) else { break };
-                arena.take_out(index);
+                self.take(index);
                 let ends = if i == usize::from(frame.more) { LAST } else { 0 };
-                self.write(arena.iova_of(ptr), data(len, flags | ends), index);
+                self.write(view.iova_of(ptr), data(len, flags | ends));
             }
             self.counters.uncopied.add(1);
             return Ok(frame.len);
@@ -253,7 +260,8 @@ impl<D: PciDevice> Transmit<D> {
         for &index in buffers.get(..descriptors as usize).unwrap_or_default() {
             let len = left.min(BUFFER);
             left -= len;
-            self.write(arena.iova(index), data(len, flags | if left == 0 { LAST } else { 0 }), index);
+            self.take(index);
+            self.write(view.iova(index), data(len, flags | if left == 0 { LAST } else { 0 }));
         }
         Ok(total)
     }
@@ -262,7 +270,7 @@ impl<D: PciDevice> Transmit<D> {
     fn tell(&mut self, checksum: Option<(u8, u8)>, told: bool) {
         if let (Some((start, at)), false) = (checksum, told) {
             let [low, high] = context(start, at);
-            self.write(low, high, NONE);
+            self.write(low, high);
             self.context = checksum;
         }
     }
@@ -305,7 +313,7 @@ impl<'p> Writer<'p> {
     /// With `count` buffers of `pool`, or none if it does not have as many.
     fn new(pool: &'p mut Pool, count: u32) -> Option<Self> {
         let mut writer = Self {
-            buffers: [NONE; MAX_DESCRIPTORS as usize],
+            buffers: [0; MAX_DESCRIPTORS as usize],
             count: 0,
             total: 0,
             room: (count.min(MAX_DESCRIPTORS) * BUFFER) as usize,
@@ -335,7 +343,7 @@ impl<'p> Writer<'p> {
             let n = left.min(BUFFER as usize - at);
             // SAFETY: `n` bytes at `from` are mapped (a piece of the private head, or of a frame that the burst lends); the
             // buffer has `n` bytes at `at`, and is nobody else's.
-            unsafe { copy(self.pool.arena().ptr(index).wrapping_add(at), from, n) };
+            unsafe { copy(self.pool.arena().view().ptr(index).wrapping_add(at), from, n) };
             (from, left, self.total) = (from.wrapping_add(n), left - n, self.total + n);
         }
     }
@@ -365,23 +373,49 @@ impl<D: PciDevice> TxQueue for Transmit<D> {
         }
         let (frames, heads) = (burst.frames(), burst.heads());
         let before = self.next;
-        let (mut sent, mut uncopied, mut bytes) = (0u64, 0u64, 0u64);
-        for i in set {
-            let (Some(frame), Some(head)) = (frames.get(i), heads.get(i)) else { break };
-            let plain = edit == TagEdit::Keep && frame.more == 0 && frame.offload.is_none();
-            if plain
-                && frame.len <= self.max
-                && self.free() > 0
-                && let Some(index) = self.pool.arena().buffer_of(frame.ptr)
-                && self.pool.arena().take_out(index)
-            {
-                let address = self.pool.arena().iova_of(frame.ptr);
-                self.write(address, data(frame.len, LAST), index);
-                sent += 1;
-                uncopied += 1;
-                bytes += u64::from(frame.len);
-                continue;
+        let mut bytes = 0u32;
+        // SAFETY: `pool` keeps the arena, and `self` keeps `pool`.
+        let view = unsafe { &*Arc::as_ptr(self.pool.arena()) }.view();
+        let ring = self.ring;
+        let set = FrameSet(set.0 & burst.all().0);
+        // A frame that lies in the arena takes one descriptor, and there is no more to it; as long as there is room for all.
+        let longest = if edit == TagEdit::Keep && self.free() as usize >= set.len() { self.max } else { 0 };
+        // Most sets are all of a burst, or one run of it.
+        let start = (set.0.trailing_zeros() as usize).min(frames.len());
+        let run = (!(set.0 >> (start & 63))).trailing_zeros() as usize;
+        let lined_up = frames.get(start..).unwrap_or_default();
+        let (mut next, mut chain) = (self.next, Chain::EMPTY);
+        if let Some(index) = lined_up.first().and_then(|frame| view.buffer_of(frame.ptr)) {
+            chain = Chain::beginning_with(view, index);
+        }
+        let mut frame = lined_up.as_ptr();
+        // Up to the end of the ring: what is left goes the other way, once in many bursts.
+        let place = (next & self.mask) as usize;
+        let to_end = (self.mask + 1) as usize - place;
+        let end = frame.wrapping_add(run.min(lined_up.len()).min(to_end));
+        let mut descriptor = ring.wrapping_add(place);
+        while frame != end {
+            // SAFETY: between the first of the frames and their end.
+            let Frame { ptr, len, more, offload, .. } = unsafe { *frame };
+            if len > longest || more != 0 || !offload.is_none() || !chain.add_buffer_of(view, ptr) {
+                break;
             }
+            // SAFETY: as in `write`.
+            unsafe { Self::write_at(descriptor, view.iova_of(ptr), data(len, LAST)) };
+            (frame, descriptor) = (frame.wrapping_add(1), descriptor.wrapping_add(1));
+            bytes += len;
+        }
+        // SAFETY: both point into the frames of the burst.
+        let done = unsafe { frame.offset_from_unsigned(lined_up.as_ptr()) };
+        next = next.wrapping_add(done as u32);
+        let rest = set.without(FrameSet::first(start + done));
+        let mut bytes = u64::from(bytes);
+        let mut sent = u64::from(next.wrapping_sub(before));
+        let uncopied = sent;
+        (self.next, self.chain) = (next, chain);
+        // Whatever else there is.
+        for i in rest {
+            let (Some(frame), Some(head)) = (frames.get(i), heads.get(i)) else { break };
             match self.send_any(burst, frame, head, edit) {
                 Ok(len) => {
                     sent += 1;
@@ -390,7 +424,8 @@ impl<D: PciDevice> TxQueue for Transmit<D> {
                 Err(reason) => self.counters.drops.add(reason, 1),
             }
         }
-        if self.next != before {
+        let next = self.next;
+        if next != before {
             self.mark();
             self.unannounced = true;
             self.counters.sent.add(sent);
@@ -412,8 +447,13 @@ impl<D: PciDevice> Drop for Transmit<D> {
     fn drop(&mut self) {
         // The device may read these buffers until it has stopped.
         self.core.stop();
-        for slot in self.slots.iter_mut().filter(|slot| **slot != NONE) {
-            self.pool.put(std::mem::replace(slot, NONE));
+        let view = self.pool.arena().view();
+        while self.first_mark != self.next_mark {
+            if let Some((_, chain)) = self.marks.get((self.first_mark & self.mask) as usize) {
+                chain.go_home(view);
+            }
+            self.first_mark = self.first_mark.wrapping_add(1);
         }
+        self.chain.go_home(view);
     }
 }

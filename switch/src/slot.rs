@@ -74,7 +74,7 @@ impl<R> RxSlot<R> {
     /// Nothing runs yet.
     pub(crate) fn new(port: &Arc<PortShared>, index: u16) -> Arc<Self> {
         let counters = RxCounters::default();
-        let ingress = IngressState { addresses: counters.addresses.clone() };
+        let ingress = IngressState::new(counters.addresses.clone());
         let state = RxState { ring: None, ingress, likely: u16::MAX };
         Arc::new(Self {
             port: port.clone(),

@@ -248,10 +248,16 @@ fn poll<R: Running, const CAPTURED: bool>(
         let set = burst.all();
         plan.captures.iter().for_each(|c| c.take(queue.port_number(), &burst, set, TagEdit::Keep, Way::In));
     }
-    let done = plan.bridge.classify(queue.port_number(), &mut burst, clock, polled.ingress, outputs);
-    queue.counters.switched.add(u64::from(done.switched));
-    queue.counters.replicas.add(u64::from(done.replicas - done.switched));
-    for (port, set, edit) in outputs.drain() {
+    let whole = plan.bridge.recall(queue.port_number(), &burst, clock, polled.ingress);
+    if whole.is_some() {
+        queue.counters.switched.add(frames as u64);
+    } else {
+        let done = plan.bridge.classify(queue.port_number(), &mut burst, clock, polled.ingress, outputs);
+        queue.counters.switched.add(u64::from(done.switched));
+        queue.counters.replicas.add(u64::from(done.replicas - done.switched));
+    }
+    let whole = whole.map(|(port, edit)| (port, burst.all(), edit));
+    for (port, set, edit) in whole.into_iter().chain(outputs.drain()) {
         if CAPTURED {
             plan.captures.iter().for_each(|c| c.take(port, &burst, set, edit, Way::Out));
         }

@@ -8,10 +8,12 @@
 mod tests;
 
 use super::fdb::{Home, Key, Learn, Value};
+use super::lead::Lead;
 use super::mtu::layer3_size;
 use super::outputs::Outputs;
 use super::plan::{BridgePlan, BridgePort};
 use super::portset::MAX_PORTS;
+use super::recent::{Case, Recent, Way};
 use super::storm::Flood;
 use super::vlan::Class;
 use crate::counters::AddressCounters;
@@ -21,7 +23,7 @@ use std::sync::Arc;
 /// Bytes of an Ethernet header; shorter frames are runts.
 const ETHERNET_HEADER: u32 = 14;
 /// From this length on, a frame's length changes nothing about how its header is read.
-const TAGGED_HEADER: u32 = 18;
+pub(super) const TAGGED_HEADER: u32 = 18;
 /// 01:80:c2:00:00:0x as a little-endian load finds it, and the bits that count.
 const RESERVED: u64 = 0x0000_00c2_8001;
 const RESERVED_MASK: u64 = 0xf0ff_ffff_ffff;
@@ -50,6 +52,14 @@ pub struct Classified {
 pub struct IngressState {
     /// What became of them, for whoever reports it.
     pub addresses: Arc<AddressCounters>,
+    pub(super) recent: Recent,
+}
+
+impl IngressState {
+    /// Of a queue that counts in `addresses`.
+    pub fn new(addresses: Arc<AddressCounters>) -> Self {
+        Self { addresses, recent: Recent::default() }
+    }
 }
 
 /// Decided for a frame, and for all that are alike.
@@ -58,38 +68,6 @@ enum Verdict {
     Refuse(DropReason),
     Send(u16, Class),
     Flood(Flood, Class),
-}
-
-/// The first 16 bytes of a frame: addresses, type, and what may be the rest of a tag.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Lead(u64, u64);
-
-impl Lead {
-    #[inline(always)]
-    fn of(head: &Head) -> Self {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, ..] = head.0;
-        Self(u64::from_le_bytes([a, b, c, d, e, f, g, h]), u64::from_le_bytes([i, j, k, l, m, n, o, p]))
-    }
-
-    #[inline(always)]
-    fn destination(self) -> u64 {
-        self.0 & BROADCAST
-    }
-
-    #[inline(always)]
-    fn source(self) -> u64 {
-        self.0 >> 48 | (self.1 & 0xffff_ffff) << 16
-    }
-
-    #[inline(always)]
-    fn kind(self) -> u16 {
-        (self.1 >> 32) as u16
-    }
-
-    #[inline(always)]
-    fn tci(self) -> u16 {
-        (self.1 >> 48) as u16
-    }
 }
 
 /// A burst while it is being judged.
@@ -164,8 +142,7 @@ impl Bench<'_> {
         }
         let alike = differ.0 & self.significant.0 | differ.1 & self.significant.1 == 0;
         if alike && (shortest >= TAGGED_HEADER || shortest == self.longest) {
-            let verdict = self.judge(first, shortest);
-            self.carry_out(verdict, all);
+            self.judge_alike(first, shortest, all);
         } else if self.port.plan.sources.is_none() && shortest >= ETHERNET_HEADER {
             let odd = if self.port.aware { self.sort_plain::<true>() } else { self.sort_plain::<false>() };
             self.judge_each(odd);
@@ -174,6 +151,24 @@ impl Bench<'_> {
         }
         if self.floods != [FrameSet::EMPTY; 3] {
             self.flood_all();
+        }
+    }
+
+    /// One decision for all.
+    fn judge_alike(&mut self, first: Lead, shortest: u32, all: FrameSet) {
+        let (significant, fdb) = (self.significant, &*self.plan.fdb);
+        let verdict = self.judge(first, shortest);
+        self.carry_out(verdict, all);
+        if let Verdict::Send(port, class) = verdict
+            && shortest >= TAGGED_HEADER
+            && let Some(output) = self.plan.port(port)
+        {
+            let (ingress, second, plan) = (self.ingress, self.clock.seconds, self.plan.id);
+            let case = Case { lead: first.and(significant), significant, ingress, second, plan };
+            let way = Way { port, edit: output.plan.vlan.edit(class), surely_fits: output.surely_fits };
+            let source = self.port.plan.learn.then(|| Key::from_wire(first.source(), class.vid));
+            let destination = Key::from_wire(first.destination(), class.vid);
+            self.state.recent.note(fdb, case, way, source, destination);
         }
     }
 

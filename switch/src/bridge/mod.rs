@@ -6,11 +6,13 @@
 mod classify;
 pub mod fdb;
 mod flow;
+mod lead;
 mod mac;
 mod mtu;
 mod outputs;
 mod plan;
 mod portset;
+mod recent;
 mod storm;
 mod vlan;
 

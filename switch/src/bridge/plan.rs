@@ -8,6 +8,7 @@ use super::portset::{MAX_PORTS, PortSet};
 use super::storm::StormGuard;
 use super::vlan::{Members, VlanMode};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Destination, source, type.
 const ETHERNET_HEADER: u32 = 14;
@@ -55,6 +56,8 @@ pub enum PlanError {
 
 /// What all workers do with frames, until the next one is swapped in.
 pub struct BridgePlan {
+    /// Another for every plan of this process, from 1.
+    pub(super) id: u64,
     ports: Box<[Option<BridgePort>]>,
     pub(super) fdb: Arc<Fdb>,
     pub(super) members: Members,
@@ -105,7 +108,9 @@ impl BridgePlan {
             .zip(reachable)
             .map(|(plan, reachable)| plan.map(|plan| BridgePort::new(plan, reachable, &members)))
             .collect();
-        Ok(Self { ports, fdb, members, forward_reserved })
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let id = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(Self { id, ports, fdb, members, forward_reserved })
     }
 
     /// The learning table.

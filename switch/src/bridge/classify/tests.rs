@@ -93,6 +93,8 @@ struct Lan {
     state: IngressState,
     out: Outputs,
     now: Clock,
+    /// Bursts whose way was known from the one before.
+    recalled: usize,
 }
 
 impl Lan {
@@ -108,7 +110,7 @@ impl Lan {
         let fdb = Arc::new(Fdb::new(1024).unwrap());
         let plan = BridgePlan::new(ports.into_iter().map(Some).collect(), fdb, forward_reserved).unwrap();
         let now = Clock { cycles: HZ, seconds: 1 };
-        Self { plan, state: IngressState::default(), out: Outputs::default(), now }
+        Self { plan, state: IngressState::default(), out: Outputs::default(), now, recalled: 0 }
     }
 
     fn put(&mut self, ingress: u16, frames: &[Sketch]) -> Outcome {
@@ -125,9 +127,16 @@ impl Lan {
         }
         let mut queue = Dropped::default();
         let mut burst = Burst::new(&mut queue, &buffer, frames.len());
-        let classified = self.plan.classify(ingress, &mut burst, self.now, &mut self.state, &mut self.out);
-        burst.release();
         let mut sent = vec![vec![]; frames.len()];
+        let classified = match self.plan.recall(ingress, &burst, self.now, &self.state) {
+            Some(way) => {
+                self.recalled += 1;
+                sent.iter_mut().for_each(|ways| ways.push(way));
+                Classified { switched: frames.len() as u32, replicas: frames.len() as u32 }
+            }
+            None => self.plan.classify(ingress, &mut burst, self.now, &mut self.state, &mut self.out),
+        };
+        burst.release();
         for (port, set, edit) in self.out.drain() {
             set.for_each(|i| sent[i].push((port, edit)));
         }
@@ -167,6 +176,22 @@ fn what_is_unknown_is_flooded_and_what_was_learnt_goes_to_one_port() {
     assert_eq!(lan.one(2, frame(2, 1)), Ok(vec![0]));
     assert_eq!(lan.one(0, frame(1, 2)), Ok(vec![2]));
     assert_eq!((lan.state.addresses.learnt.get(), lan.state.addresses.moved.get()), (2, 0));
+}
+
+#[test]
+fn the_third_burst_of_a_conversation_goes_the_way_of_the_second_without_a_look_up() {
+    let mut lan = Lan::plain(3);
+    lan.one(2, frame(2, 1)).unwrap();
+    for burst in 0..5 {
+        assert_eq!(lan.one(0, frame(1, 2)), Ok(vec![2]));
+        assert_eq!(lan.recalled, usize::saturating_sub(burst, 1));
+    }
+    // Another second, in which the source has to be refreshed; then a frame for somebody else.
+    lan.now.seconds += 1;
+    (0..3).for_each(|_| assert_eq!(lan.one(0, frame(1, 2)), Ok(vec![2])));
+    assert_eq!(lan.recalled, 4);
+    assert_eq!(lan.put(0, &[frame(1, 2), frame(1, 3)]).ports(1), [1, 2]);
+    assert_eq!(lan.recalled, 4);
 }
 
 #[test]
@@ -474,7 +499,89 @@ fn vlan_seen(mode: &VlanMode, frame: &Sketch, edit: TagEdit) -> Option<u16> {
     }
 }
 
+/// What happens to a bridge.
+#[derive(Clone, Debug)]
+enum Happening {
+    Burst {
+        ingress: u16,
+        frame: Sketch,
+        frames: usize,
+    },
+    Flush(u16),
+    Pin {
+        station: u64,
+        vid: u16,
+        port: u16,
+    },
+    Second,
+    /// A new plan, in which the first port has this MTU.
+    Plan(Option<u32>),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let frame =
+        (0u64..4, 0u64..4, prop::option::of(0u16..4), prop::sample::select(vec![17u32, 18, 64, 1514, 9000]));
+    prop_oneof![
+        20 => (0u16..3, frame, 1usize..4).prop_map(|(ingress, (from, to, tci, len), frames)| {
+            let frame = Sketch { from: station(from), to: station(to), tci, len, offload: Offload::NONE };
+            Happening::Burst { ingress, frame, frames }
+        }),
+        1 => (0u16..3).prop_map(Happening::Flush),
+        1 => (0u64..4, 0u16..3, 0u16..3).prop_map(|(station, vid, port)| Happening::Pin { station, vid, port }),
+        1 => Just(Happening::Second),
+        2 => prop::option::of(46u32..54).prop_map(Happening::Plan),
+    ]
+}
+
 proptest! {
+    #[test]
+    fn a_bridge_that_remembers_its_last_decision_decides_as_one_that_does_not(
+        aware in any::<bool>(),
+        happenings in prop::collection::vec((happening(), 1usize..5), 1..60),
+    ) {
+        let port = if aware { trunk(&[1, 2], Some(3)) } else { PortPlan::default() };
+        let ports = vec![port.clone(), PortPlan { mtu: Some(1500), ..port.clone() }, PortPlan { learn: false, ..port }];
+        let mut states: [IngressState; 3] = Default::default();
+        let (mut remembers, mut forgets) = (Lan::of(ports.clone()), Lan::of(ports.clone()));
+        for (happening, times) in happenings {
+            for _ in 0..times {
+                for lan in [&mut remembers, &mut forgets] {
+                    match happening {
+                        Happening::Burst { .. } => {}
+                        Happening::Flush(port) => drop(lan.plan.fdb().flush_port(port)),
+                        Happening::Pin { station: n, vid, port } => {
+                            let mac = Mac::from_wire(station(n));
+                            lan.plan.fdb().set_static(&[StaticEntry { mac, vid, port }]).unwrap();
+                        }
+                        Happening::Second => lan.now.seconds += 1,
+                        Happening::Plan(mtu) => {
+                            let mut ports: Vec<_> = ports.iter().cloned().map(Some).collect();
+                            ports[0].as_mut().unwrap().mtu = mtu;
+                            lan.plan = BridgePlan::new(ports, lan.plan.fdb.clone(), false).unwrap();
+                        }
+                    }
+                }
+                if let Happening::Burst { ingress, frame, frames } = happening {
+                    let frames = vec![frame; frames];
+                    forgets.state = IngressState::default();
+                    // Each port has its queue.
+                    remembers.state = std::mem::take(&mut states[usize::from(ingress)]);
+                    let (one, other) = (remembers.put(ingress, &frames), forgets.put(ingress, &frames));
+                    states[usize::from(ingress)] = std::mem::take(&mut remembers.state);
+                    prop_assert_eq!(one.sent, other.sent);
+                    prop_assert_eq!(one.dropped, other.dropped);
+                    let entries = |lan: &Lan| {
+                        let mut all: Vec<_> = lan.plan.fdb().entries().map(|e| format!("{e:?}")).collect();
+                        all.sort_unstable();
+                        all
+                    };
+                    prop_assert_eq!(entries(&remembers), entries(&forgets));
+                }
+            }
+        }
+        prop_assert_eq!(forgets.recalled, 0);
+    }
+
     #[test]
     fn no_frame_is_lost_leaks_or_goes_back_for_any_traffic(
         bursts in prop::collection::vec((0u16..11, prop::collection::vec(any_frame(), 1..64), any::<bool>()), 1..40),

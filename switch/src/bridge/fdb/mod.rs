@@ -121,7 +121,25 @@ struct Bucket {
 struct Found<'a> {
     key: &'a AtomicU64,
     value: &'a AtomicU64,
+    slot: usize,
     seen: Value,
+}
+
+/// Where an address was seen in the table, and what was known of it: to find out later, without looking for it, that this
+/// still holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Sighting {
+    bucket: usize,
+    slot: usize,
+    key: Key,
+    value: Value,
+}
+
+impl Sighting {
+    /// What was known of the address.
+    pub fn value(&self) -> Value {
+        self.value
+    }
 }
 
 /// The learning table. See the module's description.
@@ -210,6 +228,24 @@ impl Fdb {
         self.find(key, home).map(|found| found.seen)
     }
 
+    /// What is known of `key`, and where.
+    pub fn sight(&self, key: Key) -> Option<Sighting> {
+        let (bucket, found) = self.find_in(key, self.home(key))?;
+        Some(Sighting { bucket, slot: found.slot, key, value: found.seen })
+    }
+
+    /// Whether exactly what was known of an address when it was seen is known of it now.
+    #[inline(always)]
+    pub fn still(&self, sighting: &Sighting) -> bool {
+        let Some(bucket) = self.buckets.get(sighting.bucket) else { return false };
+        // As a look-up reads a slot (see the module's description).
+        let (word, value) = (&bucket.keys[sighting.slot % SLOTS], &bucket.values[sighting.slot % SLOTS]);
+        let before = value.load(Ordering::Acquire);
+        let is_key = word.load(Ordering::Acquire) == sighting.key.0;
+        let after = value.load(Ordering::Relaxed);
+        is_key & (before == sighting.value.0) & (after == sighting.value.0)
+    }
+
     /// Notes that a frame from `key` came in on `port` in second `now`. At most `limit` addresses are learnt on a port.
     #[inline]
     pub fn learn(&self, key: Key, home: Home, port: u16, limit: u32, now: u32) -> Learn {
@@ -281,11 +317,16 @@ impl Fdb {
     }
 
     fn find(&self, key: Key, home: Home) -> Option<Found<'_>> {
+        self.find_in(key, home).map(|(_, found)| found)
+    }
+
+    /// The slot of `key`, and in which bucket it is.
+    #[inline(always)]
+    fn find_in(&self, key: Key, home: Home) -> Option<(usize, Found<'_>)> {
         for step in 0..self.chain() {
             let bucket = self.bucket(home, step);
-            let found = bucket.find(key);
-            if found.is_some() {
-                return found;
+            if let Some(found) = bucket.find(key) {
+                return Some((self.index(home, step), found));
             }
             if !bucket.is_chained() {
                 break;
@@ -311,12 +352,16 @@ impl Fdb {
     }
 
     #[inline(always)]
-    fn bucket(&self, home: Home, step: usize) -> &Bucket {
+    fn index(&self, home: Home, step: usize) -> usize {
         // The low bits name the home, the high ones the step to the next: odd, so that it comes by every bucket.
         let apart = (home.0 >> 40 | 1) as usize;
-        let at = (home.0 as usize).wrapping_add(step * apart) & (self.buckets.len() - 1);
-        // SAFETY: the number of buckets is a power of two (see `with`), so the mask keeps `at` below it.
-        unsafe { self.buckets.get_unchecked(at) }
+        (home.0 as usize).wrapping_add(step * apart) & (self.buckets.len() - 1)
+    }
+
+    #[inline(always)]
+    fn bucket(&self, home: Home, step: usize) -> &Bucket {
+        // SAFETY: the number of buckets is a power of two (see `with`), so the mask in `index` keeps it below.
+        unsafe { self.buckets.get_unchecked(self.index(home, step)) }
     }
 }
 
@@ -332,7 +377,7 @@ impl Bucket {
         let before = Value(value.load(Ordering::Acquire));
         let is_key = word.load(Ordering::Acquire) == key.0;
         let seen = Value(value.load(Ordering::Relaxed));
-        (is_key & before.same_owner(seen)).then_some(Found { key: word, value, seen })
+        (is_key & before.same_owner(seen)).then_some(Found { key: word, value, slot, seen })
     }
 
     #[inline(always)]

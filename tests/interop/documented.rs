@@ -23,6 +23,9 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("cargo bench -p cableway-benches", "./check unit, in its test mode"),
     ("cargo bench -p cableway-switch --bench classify", "./check unit, in its test mode"),
     ("lab/image", "./check qemu"),
+    ("lab/run -v ", "./check lab, without the serial line"),
+    ("lab/run vm-", "./check lab"),
+    ("lab/run nic-", "./check lab"),
     ("CABLEWAY=$PWD/target/release/cableway cargo test --test interop", "./check qemu and others"),
     ("benches/peers/compare.py --sizes 64,1500 testpmd ovs cableway", "./check peers"),
     ("dpdk-testpmd", "the_testpmd_command_of_the_readme_exchanges_frames"),
@@ -120,6 +123,10 @@ impl World {
         let has = |word: &str| words.contains(&word);
         match words.as_slice() {
             ["mkdir", ..] => succeeds(Command::new("mkdir").args(&words[1..]), command),
+            ["lab/run", "--list"] => {
+                let root = env!("CARGO_MANIFEST_DIR");
+                succeeds(Command::new("lab/run").arg("--list").current_dir(root), command);
+            }
             ["curl", ..] => {
                 self.serve("server");
                 succeeds(Command::new("curl").arg("--fail").args(&words[1..]), command);

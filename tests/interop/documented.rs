@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -108,8 +109,13 @@ impl Drop for Ended {
 impl World {
     fn new() -> Self {
         let world = Self { dir: tempfile::tempdir().unwrap(), switch: None };
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/vv.toml");
-        fs::copy(file, world.path("FILE.toml")).unwrap();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        fs::copy(root.join("configs/vv.toml"), world.path("FILE.toml")).unwrap();
+        let machine = fs::read_to_string(root.join("configs/vm.toml")).unwrap();
+        fs::write(world.path("vm.toml"), machine.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
+        for image in ["vmlinux", "vmlinuz", "initrd.cpio"] {
+            symlink(root.join("lab/cache").join(image), world.path(image)).unwrap();
+        }
         world
     }
 
@@ -153,6 +159,13 @@ impl World {
                 self.serve(if has("--listen") { "client" } else { "server" });
                 succeeds(&mut self.cableway(&words[1..]), command);
             }
+            // Booting them is for ./check lab, on a machine with a KVM that is fast enough.
+            ["cableway", "vm", ..] => {
+                let image = self.path("vmlinux");
+                assert!(image.exists(), "no guest image: run lab/image (or ./check documented)");
+                let check = if has("--check") { None } else { Some("--check") };
+                succeeds(self.cableway(&words[1..]).args(check), command);
+            }
             ["cableway", "switch" | "bench" | "demo", ..] => {
                 // These bring the switch they need, which wants the core for itself.
                 self.switch = None;
@@ -180,8 +193,12 @@ impl World {
             ("/tmp/cableway", ""),
             ("/run/cableway", ""),
             ("FILE", "/FILE.toml"),
+            ("configs/vm.toml", "/vm.toml"),
+            (" vmlinux", "/vmlinux"),
+            (" initrd.cpio", "/initrd.cpio"),
         ] {
-            command = command.replace(written, &format!("{dir}{here}"));
+            let space = if written.starts_with(' ') { " " } else { "" };
+            command = command.replace(written, &format!("{space}{dir}{here}"));
         }
         for (long, short) in [("--seconds 10", "--seconds 1"), ("--seconds 5", "--seconds 0.05")] {
             command = command.replace(long, short);
@@ -200,7 +217,12 @@ impl World {
         if command.starts_with("cableway switch") && !command.contains("--run-dir") && !measures {
             command += &format!(" --run-dir {dir}");
         }
-        command.split_whitespace().map(str::to_owned).collect()
+        // What stands in double quotes is one word.
+        let words = |(i, part): (usize, &str)| match i % 2 {
+            0 => part.split_whitespace().map(str::to_owned).collect(),
+            _ => vec![part.to_owned()],
+        };
+        command.split('"').enumerate().flat_map(words).collect()
     }
 
     fn cableway(&self, arguments: &[&str]) -> Command {

@@ -16,11 +16,12 @@ use std::sync::atomic::Ordering;
 
 use host::memory::Pages;
 use pmd::dma::{Arena, ArenaOptions};
-use pmd::e1000e::{E1000e, Options, Receive, Transmit};
+use pmd::e1000e::E1000e;
+use pmd::nic::{Nic, Options, TransmitQueue};
 use port::{BurstBuffer, RxQueue, Scratch, TagEdit, TxQueue};
 
 #[allow(dead_code)] // the unit tests use all of it
-#[path = "../src/e1000e/standin.rs"]
+#[path = "../src/intel/standin.rs"]
 mod standin;
 
 use standin::{Identity, RDT, RX_RING, Standin, TDT, TX_RING};
@@ -66,8 +67,8 @@ fn main() -> ExitCode {
 /// One burst from one card to the other.
 #[inline(never)]
 fn forward(
-    receive: &mut Receive<Standin>,
-    transmit: &mut Transmit<Standin>,
+    receive: &mut impl RxQueue,
+    transmit: &mut impl TxQueue,
     buffer: &mut BurstBuffer,
     scratch: &mut Scratch,
 ) -> usize {
@@ -88,7 +89,8 @@ fn play() {
     let arena = Arena::new(options, space.clone()).unwrap();
     let (a, b) = (Standin::new(&space), Standin::new(&space));
     let open = |card: &Arc<Standin>| E1000e::open(card.clone(), &arena, Options::default()).unwrap();
-    let ((_a, mut receive, _unused), (_b, _unused_too, mut transmit)) = (open(&a), open(&b));
+    let (mut from, mut to) = (open(&a), open(&b));
+    let (receive, transmit) = (&mut from.receive[0], &mut to.transmit[0]);
     let (mut buffer, mut scratch) = (BurstBuffer::default(), Scratch::default());
     let size = Options::default().receive_ring;
     let (mut received, mut sent) = (0u32, 0u32);
@@ -101,7 +103,7 @@ fn play() {
             received = received.wrapping_add(1);
         }
         std::sync::atomic::fence(Ordering::SeqCst);
-        assert_eq!(forward(&mut receive, &mut transmit, &mut buffer, &mut scratch), BURST as usize);
+        assert_eq!(forward(receive, transmit, &mut buffer, &mut scratch), BURST as usize);
         // What was reported on is sent.
         while sent & (size - 1) != b.register(TDT) {
             let [_, word] = b.read(TX_RING, sent & (size - 1));

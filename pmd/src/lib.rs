@@ -7,6 +7,8 @@ extern crate self as pmd;
 pub mod access;
 pub mod dma;
 pub mod e1000e;
+pub mod intel;
 pub mod kernel;
+pub mod nic;
 pub mod qtest;
 pub mod virtio_user;

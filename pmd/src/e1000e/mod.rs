@@ -1,186 +1,119 @@
 #![doc = include_str!("README.md")]
 
-mod counters;
-mod descriptors;
-mod device;
-mod error;
-mod filter;
-mod receive;
 mod regs;
-#[cfg(test)]
-mod standin;
-mod statistics;
-#[cfg(test)]
-mod tests;
-mod transmit;
 
-use std::sync::Arc;
-use std::time::Duration;
+use port::{DropReason, Head};
 
-pub use counters::{Counter, Drops, RECEIVE_ERRORS, ReceiveCounters, TransmitCounters};
-pub use error::DeviceError;
-pub use filter::{Filter, Mac};
-pub use receive::Receive;
-pub use statistics::Statistics;
-pub use transmit::Transmit;
+use crate::access::{Bar, Regs, WaitError, Writable};
+use crate::intel::regs::MRQC;
+use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical};
+use crate::nic::{DeviceError, Options};
+use regs::{RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TIPG, TXDCTL};
 
-use crate::access::PciDevice;
-use crate::dma::{Arena, Pool};
-use device::Core;
-use regs::{RAH, RAL, STATUS};
+/// An 82574L.
+pub type E1000e<D> = Adapter<D, I82574>;
 
-/// The queue that is used, of the device's two.
-const QUEUE: u32 = 0;
+/// What the 82574L differs in from others.
+pub struct I82574;
 
-/// Shortest frame that is taken: an Ethernet header.
-const MIN_FRAME: u32 = 14;
+impl Card for I82574 {
+    const NAME: &'static str = "an 82574L";
+    const IDS: &'static [u32] = &[0x10d3_8086];
+    /// Datasheet 10.1.
+    const BAR_BYTES: u32 = 128 << 10;
+    /// CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data (RXE).
+    const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
+    /// Datasheet 7.1, extended errors.
+    const RECEIVE_ERRORS: [&'static str; 8] = [
+        "crc_or_alignment",
+        "symbol",
+        "sequence",
+        "",
+        "carrier_extension",
+        "tcp_udp_checksum",
+        "ip_checksum",
+        "data",
+    ];
 
-/// Descriptors that a frame may have: 16 KiB, which is what the device can store (datasheet 10.2.5.1, LPE).
-const MAX_DESCRIPTORS: u32 = 8;
+    #[inline(always)]
+    fn receive_tail(_: u32) -> impl Writable {
+        RDT(0)
+    }
 
-/// How a device is used.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Descriptors of the receive ring: a power of two, 64 to 4,096.
-    pub receive_ring: u32,
-    /// Descriptors of the transmit ring: as above.
-    pub transmit_ring: u32,
-    /// Receive buffers beyond one for each descriptor: as many frames may be under way in other cards' transmit rings before
-    /// this ring runs short.
-    pub spare: u32,
-    /// Longest IP packet, 68 to 9,000 bytes. Frames may be 18 longer: an Ethernet header and a VLAN tag.
-    pub mtu: u32,
-    /// Take VLAN tags off received frames ([`Receive::tag`]). The device then also inserts tags ([`port::TagEdit::Push`]);
-    /// else they are inserted as the frame is copied.
-    pub strip_tags: bool,
-    /// Which frames are received.
-    pub promiscuous: bool,
-}
+    #[inline(always)]
+    fn transmit_tail(_: u32) -> impl Writable {
+        TDT(0)
+    }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            receive_ring: 512,
-            transmit_ring: 512,
-            spare: 512,
-            mtu: 1500,
-            strip_tags: false,
-            promiscuous: true,
-        }
+    /// Datasheet 7.2.10: DTYP 1, DEXT.
+    #[inline(always)]
+    fn data(len: u32, _: u32, flags: u64) -> u64 {
+        u64::from(len) | 1 << 20 | 1 << 29 | flags
+    }
+
+    /// The tag is in the data descriptor; the checksum in a context descriptor (datasheet 7.2.11).
+    fn ask(checksum: Option<Checksum>, tag: Option<u16>, _: &Head) -> Result<Ask, DropReason> {
+        let tag = tag.map_or(0, |tci| u64::from(tci) << 48 | INSERT_TAG);
+        Ok(Ask {
+            flags: tag | checksum.map_or(0, |_| CHECKSUM),
+            // TUCSE 0: to the end of the frame. The TCP bit only matters for segmentation.
+            context: checksum
+                .map(|Checksum { start, at }| [u64::from(start) << 32 | u64::from(at) << 40, 1 << 29]),
+        })
+    }
+
+    fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
+        intel::quiet(regs)
     }
 }
 
-/// Bytes of a ring of `size` descriptors.
-const fn ring_bytes(size: u32) -> usize {
-    size as usize * descriptors::BYTES
-}
+impl Physical for I82574 {
+    /// Of the device's two.
+    const QUEUES: u16 = 1;
+    const MTU: u32 = 9000;
+    const EXACT: u32 = 16;
 
-/// The state of the cable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// Whether there is a link.
-    pub up: bool,
-    /// Mbit/s.
-    pub speed: u32,
-    /// Both ways at once.
-    pub full_duplex: bool,
-}
-
-/// An 82574L. Its queues live apart from it, each on the thread that polls it; the device stops when any of the three goes.
-pub struct E1000e<D: PciDevice> {
-    core: Arc<Core<D>>,
-    statistics: Statistics,
-}
-
-impl<D: PciDevice> E1000e<D> {
-    /// Takes `device` and starts it, with rings and buffers in `arena`.
-    ///
-    /// # Errors
-    /// See [`DeviceError`]. The device is stopped then.
-    #[allow(clippy::type_complexity)]
-    pub fn open(
-        device: Arc<D>,
-        arena: &Arc<Arena>,
-        options: Options,
-    ) -> Result<(Self, Receive<D>, Transmit<D>), DeviceError> {
-        for size in [options.receive_ring, options.transmit_ring] {
-            if !size.is_power_of_two() || !(64..=4096).contains(&size) {
-                return Err(DeviceError::RingSize(size));
-            }
-        }
-        if !(68..=9000).contains(&options.mtu) {
-            return Err(DeviceError::Mtu(options.mtu));
-        }
-        let max = options.mtu + 18;
-        let receive_pool = Pool::new(arena, options.receive_ring + options.spare)?;
-        let transmit_pool = Pool::new(arena, options.transmit_ring)?;
-        let core = Arc::new(Core::open(device, arena, &options)?);
-        core.start_receive(&options, max);
-        core.start_transmit(&options);
-        let receive = Receive::new(core.clone(), options.receive_ring, max, receive_pool);
-        let transmit = Transmit::new(core.clone(), options.transmit_ring, max, transmit_pool);
-        let mut device = Self { core, statistics: Statistics::default() };
-        device.set_filter(&Filter { promiscuous: options.promiscuous, ..Filter::default() });
-        // What was counted before is not ours.
-        device.statistics();
-        device.statistics = Statistics::default();
-        device.link()?;
-        Ok((device, receive, transmit))
+    fn prepare<B: Bar>(regs: &Regs<B>, _: &Options) {
+        regs.write_number(MRQC, 0);
+        regs.set(RFCTL, RFCTL::EXSTEN);
+        // The values that 10.2.6.2 names for copper.
+        regs.write(TIPG, TIPG::IPGT.is(8) | TIPG::IPGR1.is(8) | TIPG::IPGR2.is(6));
     }
 
-    /// The address that the device has: that of its EEPROM, until it is set.
-    pub fn mac(&self) -> Mac {
-        let (low, high) = (self.core.regs().read(RAL(0)), self.core.regs().read(RAH(0)));
-        let [a, b, c, d] = low.to_le_bytes();
-        let [e, f, ..] = high.to_le_bytes();
-        [a, b, c, d, e, f]
+    /// Datasheet 4.6.5: receive initialization.
+    fn start_receive<B: Bar>(
+        regs: &Regs<B>,
+        queue: u32,
+        ring: u64,
+        options: &Options,
+    ) -> Result<(), DeviceError> {
+        regs.write_number(RDBAL(queue), ring as u32);
+        regs.write_number(RDBAH(queue), (ring >> 32) as u32);
+        regs.write_number(RDLEN(queue), 16 * options.receive_ring);
+        regs.write_number(RDH(queue), 0);
+        regs.write_number(RDT(queue), 0);
+        // Descriptors are written back one by one, so that the last frame of a burst is seen at once.
+        regs.write(RXDCTL(queue), RXDCTL::GRAN | RXDCTL::PTHRESH.is(16) | RXDCTL::WTHRESH.is(0));
+        Ok(())
     }
 
-    /// The state of the cable, and whether the device is there at all. For housekeeping, ten times a second or so: it is what
-    /// tells the queues that the link went, and takes a register read.
-    ///
-    /// # Errors
-    /// [`DeviceError::Down`]: why nothing moves any more. The device is stopped then; close it.
-    pub fn link(&mut self) -> Result<Link, DeviceError> {
-        match self.core.look() {
-            Ok(status) => {
-                let speed = match STATUS::SPEED.of(status) {
-                    0 => 10,
-                    1 => 100,
-                    _ => 1000,
-                };
-                Ok(Link { up: STATUS::LU.are_in(status), speed, full_duplex: STATUS::FD.are_in(status) })
-            }
-            Err(e) => {
-                self.core.stop();
-                Err(e)
-            }
-        }
-    }
-
-    /// Waits for a link, at most `limit`.
-    ///
-    /// # Errors
-    /// There is none by then, or the device is gone.
-    pub fn wait_for_link(&mut self, limit: Duration) -> Result<Link, DeviceError> {
-        self.core.regs().wait_set(STATUS, STATUS::LU, limit)?;
-        self.link()
-    }
-
-    /// The hardware's counters since it was opened. Reads 16 registers.
-    pub fn statistics(&mut self) -> Statistics {
-        self.statistics.update(self.core.regs());
-        self.statistics
-    }
-
-    /// Stops the device: frames in its rings are lost, and their buffers go home when the queues are dropped.
-    pub fn stop(&mut self) {
-        self.core.stop();
-    }
-}
-
-impl<D: PciDevice> Drop for E1000e<D> {
-    fn drop(&mut self) {
-        self.core.stop();
+    /// Datasheet 4.6.6: transmit initialization.
+    fn start_transmit<B: Bar>(
+        regs: &Regs<B>,
+        queue: u32,
+        ring: u64,
+        options: &Options,
+    ) -> Result<(), DeviceError> {
+        regs.write_number(TDBAL(queue), ring as u32);
+        regs.write_number(TDBAH(queue), (ring >> 32) as u32);
+        regs.write_number(TDLEN(queue), 16 * options.transmit_ring);
+        regs.write_number(TDH(queue), 0);
+        regs.write_number(TDT(queue), 0);
+        // WTHRESH 0: what was asked for is reported at once.
+        regs.write(
+            TXDCTL(queue),
+            TXDCTL::GRAN | TXDCTL::ALWAYS | TXDCTL::PTHRESH.is(31) | TXDCTL::HTHRESH.is(1),
+        );
+        Ok(())
     }
 }

@@ -4,5 +4,5 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod e1000e;
+mod adapters;
 mod frames;

@@ -11,7 +11,7 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// Adds; only by its writer. No read-modify-write.
     #[inline(always)]
-    pub(super) fn add(&self, n: u64) {
+    pub(crate) fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
@@ -33,7 +33,7 @@ impl Default for Drops {
 
 impl Drops {
     #[inline(always)]
-    pub(super) fn add(&self, reason: DropReason, n: u64) {
+    pub(crate) fn add(&self, reason: DropReason, n: u64) {
         if let Some(counter) = self.0.get(reason as usize) {
             counter.add(n);
         }
@@ -59,23 +59,11 @@ pub struct ReceiveCounters {
     pub bytes: Counter,
     /// Dropped on the way in.
     pub drops: Drops,
-    /// Error bits of descriptors, by [`RECEIVE_ERRORS`].
+    /// Error bits of descriptors, by [`super::Nic::RECEIVE_ERRORS`].
     pub errors: [Counter; 8],
     /// How often the ring could not be filled for want of buffers.
     pub starved: Counter,
 }
-
-/// The names of [`ReceiveCounters::errors`] (datasheet 7.1, extended errors); an empty one is reserved.
-pub const RECEIVE_ERRORS: [&str; 8] = [
-    "crc_or_alignment",
-    "symbol",
-    "sequence",
-    "",
-    "carrier_extension",
-    "tcp_udp_checksum",
-    "ip_checksum",
-    "data",
-];
 
 /// Of a transmit queue. `offered` = sent + dropped.
 #[derive(Debug, Default)]

@@ -1,4 +1,4 @@
-//! The device's own counters (datasheet 10.2.7). They are cleared by reading, so the driver adds them up.
+//! The device's own counters (82574 datasheet 10.2.7). They are cleared by reading, so the driver adds them up.
 
 use super::regs::COUNTER;
 use crate::access::{Bar, GONE, Regs};
@@ -7,7 +7,7 @@ macro_rules! statistics {
     ($($(#[doc = $doc:literal])+ $name:ident @ $low:literal $(, $high:literal)?;)+) => {
         /// What the hardware counted since the driver took it.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        pub struct Statistics { $($(#[doc = $doc])+ pub $name: u64,)+ }
+        pub(super) struct Statistics { $($(#[doc = $doc])+ $name: u64,)+ }
 
         impl Statistics {
             /// Reads all counters and adds them.
@@ -16,7 +16,7 @@ macro_rules! statistics {
             }
 
             /// All of them, by name.
-            pub fn each(&self) -> impl Iterator<Item = (&'static str, u64)> {
+            pub(super) fn each(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name)),+].into_iter()
             }
         }

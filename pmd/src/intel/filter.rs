@@ -1,36 +1,13 @@
-//! Which frames the device takes (datasheet 7.1.1, packet address filtering).
+//! Which frames an adapter takes (82574 datasheet 7.1.1, packet address filtering).
 
-use super::E1000e;
 use super::regs::{MTA, RAH, RAL, RCTL};
+use super::{Adapter, Physical};
 use crate::access::PciDevice;
+use crate::nic::{Filter, Mac};
 
-/// An Ethernet address.
-pub type Mac = [u8; 6];
-
-/// Addresses that the device compares with exactly; the first is its own.
-const EXACT: usize = 16;
-
-/// Which frames are taken, besides broadcasts and those to the device's own address.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Filter {
-    /// Every frame.
-    pub promiscuous: bool,
-    /// Every multicast frame.
-    pub all_multicast: bool,
-    /// Further addresses. More than 15 make the device take all.
-    pub unicast: Vec<Mac>,
-    /// Groups. The device compares hashes of 12 bits: others with the same hash are taken too.
-    pub multicast: Vec<Mac>,
-}
-
-impl<D: PciDevice> E1000e<D> {
-    /// Changes the device's own address.
-    pub fn set_mac(&mut self, mac: Mac) {
-        self.set_exact(0, Some(mac));
-    }
-
+impl<D: PciDevice, C: Physical> Adapter<D, C> {
     /// Changes which frames are taken.
-    pub fn set_filter(&mut self, filter: &Filter) {
+    pub(super) fn filter(&self, filter: &Filter) {
         let regs = self.core.regs();
         let mut table = [0u32; 128];
         for mac in &filter.multicast {
@@ -43,7 +20,7 @@ impl<D: PciDevice> E1000e<D> {
             regs.write_number(MTA(word), bits);
         }
         let mut addresses = filter.unicast.iter().copied();
-        for i in 1..EXACT as u32 {
+        for i in 1..C::EXACT {
             self.set_exact(i, addresses.next());
         }
         let all = filter.promiscuous || addresses.next().is_some();
@@ -54,7 +31,7 @@ impl<D: PciDevice> E1000e<D> {
 
     /// Receive address `i` (datasheet 10.2.5.19): the high half first is cleared and last is written, so that no half address is
     /// ever valid.
-    fn set_exact(&self, i: u32, mac: Option<Mac>) {
+    pub(super) fn set_exact(&self, i: u32, mac: Option<Mac>) {
         let regs = self.core.regs();
         regs.write_number(RAH(i), 0);
         let Some([a, b, c, d, e, f]) = mac else { return };

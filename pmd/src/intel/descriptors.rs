@@ -1,5 +1,6 @@
-//! Descriptors of the 82574L: extended receive descriptors (datasheet 7.1), extended data and context descriptors for
-//! transmission (datasheet 7.2). All are 16 bytes, two little-endian words.
+//! What the descriptors of Intel's gigabit cards have in common: the 82574L's extended ones (82574 datasheet 7.1 and 7.2) and the
+//! advanced ones of the 82576 (82576 datasheet 7.1.5 and 7.2.2) differ in a few bits, which a [`super::Card`] knows. All are
+//! 16 bytes, two little-endian words.
 //!
 //! What the device writes is read in one load, and only that copy is judged.
 
@@ -30,9 +31,6 @@ impl Received {
     const VP: u64 = 1 << 3;
     /// The TCP or UDP checksum was calculated.
     const TCPCS: u64 = 1 << 5;
-    /// Errors that make a frame no frame: CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data
-    /// (RXE).
-    const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
     /// TCP or UDP checksum.
     const TCPE: u64 = 1 << 29;
     /// IP checksum.
@@ -40,8 +38,8 @@ impl Received {
 
     /// Status bits of a whole frame in one descriptor, without errors.
     pub(super) const WHOLE: u64 = Self::DD | Self::EOP;
-    /// The bits to look at for that.
-    pub(super) const WHOLE_MASK: u64 = Self::WHOLE | Self::DAMAGED | Self::TCPE | Self::IPE;
+    /// The bits to look at for that, besides [`super::Card::DAMAGED`].
+    pub(super) const WHOLE_MASK: u64 = Self::WHOLE | Self::TCPE | Self::IPE;
 
     #[inline(always)]
     pub(super) fn done(self) -> bool {
@@ -65,12 +63,7 @@ impl Received {
         (self.0 & Self::VP != 0).then_some((self.0 >> 48) as u16)
     }
 
-    #[inline(always)]
-    pub(super) fn damaged(self) -> bool {
-        self.0 & Self::DAMAGED != 0
-    }
-
-    /// The error bits (CE, SE, SEQ, -, CXE, TCPE, IPE, RXE), from bit 0.
+    /// The error bits, from bit 0.
     pub(super) fn errors(self) -> u8 {
         (self.0 >> 24) as u8
     }
@@ -79,8 +72,8 @@ impl Received {
     #[inline(always)]
     pub(super) fn offload_of_whole(self) -> Offload {
         // Of TCPCS (0x20) and IXSM (0x04), the first must be set and the second not: shifted by the two, bit 33 only then becomes
-        // the flag.
-        Offload { low: (1 << 33) >> (self.0 & (Self::TCPCS | Self::IXSM)) & 2, csum_offset: 0 }
+        // the flag. Bit 34 never does; with it, the compiler leaves this a shift, and makes no comparison of it.
+        Offload { low: (3 << 33) >> (self.0 & (Self::TCPCS | Self::IXSM)) & 2, csum_offset: 0 }
     }
 
     /// DATA_VALID if the device found the checksum of TCP or UDP right, and nothing else.
@@ -93,35 +86,34 @@ impl Received {
     }
 }
 
-/// The second word of a data descriptor for `len` bytes (datasheet 7.2.10: DTYP 1, DEXT).
-#[inline(always)]
-pub(super) fn data(len: u32, flags: u64) -> u64 {
-    u64::from(len) | 1 << 20 | 1 << 29 | flags
+/// A checksum that the device is to calculate: over everything from `start`, stored at `at`, both from the frame's first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checksum {
+    /// First byte that is summed.
+    pub start: u8,
+    /// Where the sum goes.
+    pub at: u8,
+}
+
+/// How a frame that the device has to finish is described to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ask {
+    /// For each of its data descriptors.
+    pub flags: u64,
+    /// The context descriptor that comes before it, unless the device was told the same last.
+    pub context: Option<[u64; 2]>,
 }
 
 /// In a data descriptor: the frame ends here, and the device adds the FCS (EOP, IFCS).
 pub(super) const LAST: u64 = 1 << 24 | 1 << 25;
 /// Report status: the device sets [`SENT`] when it is done with this descriptor and those before.
 pub(super) const REPORT: u64 = 1 << 27;
-/// Insert the VLAN tag of [`tag`] (VLE).
-pub(super) const INSERT_TAG: u64 = 1 << 30;
+/// Insert a VLAN tag (VLE).
+pub(crate) const INSERT_TAG: u64 = 1 << 30;
 /// Calculate the TCP or UDP checksum as the context says (POPTS.TXSM).
-pub(super) const CHECKSUM: u64 = 1 << 41;
+pub(crate) const CHECKSUM: u64 = 1 << 41;
 /// Descriptor done (STA.DD).
 pub(super) const SENT: u64 = 1 << 32;
-
-/// The tag to insert.
-#[inline(always)]
-pub(super) fn tag(tci: u16) -> u64 {
-    u64::from(tci) << 48 | INSERT_TAG
-}
-
-/// A context descriptor (datasheet 7.2.11): a checksum over everything from `start` goes to `at`, both from the frame's first
-/// byte.
-pub(super) fn context(start: u8, at: u8) -> [u64; 2] {
-    // TUCSE 0: to the end of the frame. The TCP bit only matters for segmentation.
-    [u64::from(start) << 32 | u64::from(at) << 40, 1 << 29]
-}
 
 #[cfg(test)]
 mod tests {
@@ -131,7 +123,7 @@ mod tests {
     fn a_written_descriptor_tells_length_tag_and_what_is_wrong() {
         let d = Received(0x0123_05dc_2000_002b);
         assert_eq!((d.done(), d.ends(), d.len(), d.tag()), (true, true, 1500, Some(0x123)));
-        assert!(!d.damaged() && d.offload() == Offload::NONE && d.errors() == 0x20, "TCPE");
+        assert!(d.offload() == Offload::NONE && d.errors() == 0x20, "TCPE");
         let good = Received(0x0123_05dc_0000_0023);
         for checksum in 0..16 {
             let whole = Received(3 | checksum << 2);
@@ -140,9 +132,6 @@ mod tests {
         assert!(good.offload().flags() == Offload::DATA_VALID && good.tag().is_none());
         for bad in [1 << 2, 1 << 29, 1 << 30] {
             assert_eq!(Received(good.0 | bad).offload(), Offload::NONE, "IXSM, TCPE, IPE");
-        }
-        for bit in [0, 1, 2, 4, 7] {
-            assert!(Received(1 << (24 + bit)).damaged());
         }
     }
 }

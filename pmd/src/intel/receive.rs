@@ -10,14 +10,12 @@ use std::sync::atomic::{Ordering, fence};
 use port::{Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, MAX_BURST, Release, RxQueue, Segment};
 use virtio::memory::copy::{copy, copy_64, full_fence, prefetch_read};
 
-use super::counters::ReceiveCounters;
+use super::Card;
+use super::core::Core;
 use super::descriptors::{Descriptor, Received};
-use super::device::Core;
-use super::error::DeviceError;
-use super::regs::RDT;
-use super::{MAX_DESCRIPTORS, MIN_FRAME, QUEUE};
 use crate::access::PciDevice;
 use crate::dma::{BUFFER, Pool, Stack};
+use crate::nic::{DeviceError, MIN_FRAME, MOST_BUFFERS, ReceiveCounters, ReceiveQueue};
 
 /// Descriptors given to the device at a time: a register write costs as much as several frames.
 const REFILL: u32 = 32;
@@ -29,8 +27,9 @@ const LEAST_SIMPLE: u32 = HEAD as u32 - 8;
 const NONE: u32 = u32::MAX;
 
 /// The receive queue of a device. One thread polls it at a time.
-pub struct Receive<D: PciDevice> {
+pub struct Receive<D: PciDevice, C: Card> {
     ring: *mut Descriptor,
+    queue: u32,
     mask: u32,
     /// The next descriptor to read; counts on without wrapping to the ring.
     next: u32,
@@ -47,7 +46,7 @@ pub struct Receive<D: PciDevice> {
     /// The buffer at each place of the ring.
     slots: Box<[u32]>,
     pool: Pool,
-    core: Arc<Core<D>>,
+    core: Arc<Core<D, C>>,
     counters: Arc<ReceiveCounters>,
     /// Tags taken off the frames of the current burst.
     tags: Box<[Option<u16>; MAX_BURST]>,
@@ -55,7 +54,7 @@ pub struct Receive<D: PciDevice> {
 
 // SAFETY: the ring is memory of the device's arena, which `core` keeps; it belongs to no thread, and `&mut self` is needed to
 // touch it.
-unsafe impl<D: PciDevice> Send for Receive<D> {}
+unsafe impl<D: PciDevice, C: Card> Send for Receive<D, C> {}
 
 /// What one or more descriptors hold.
 enum Found {
@@ -67,10 +66,12 @@ enum Found {
     Frame(u32, Option<u16>),
 }
 
-impl<D: PciDevice> Receive<D> {
-    pub(super) fn new(core: Arc<Core<D>>, size: u32, max: u32, pool: Pool) -> Self {
-        let mut queue = Self {
-            ring: core.receive_ring().cast(),
+impl<D: PciDevice, C: Card> Receive<D, C> {
+    /// Queue `queue` of the device; frames of `max` bytes at most, without FCS, in buffers of `pool`.
+    pub(super) fn new(core: Arc<Core<D, C>>, queue: u32, size: u32, max: u32, pool: Pool) -> Self {
+        Self {
+            ring: core.receive_ring(queue).cast(),
+            queue,
             mask: size - 1,
             next: 0,
             filled: 0,
@@ -83,19 +84,7 @@ impl<D: PciDevice> Receive<D> {
             core,
             counters: Arc::default(),
             tags: Box::new([None; MAX_BURST]),
-        };
-        queue.refill();
-        queue
-    }
-
-    /// What it counts.
-    pub fn counters(&self) -> Arc<ReceiveCounters> {
-        self.counters.clone()
-    }
-
-    /// The VLAN tag that the device took off frame `i` of the burst polled last, where it does that.
-    pub fn tag(&self, i: usize) -> Option<u16> {
-        self.tags.get(i).copied().flatten()
+        }
     }
 
     /// The descriptor at `at`, as the device wrote it, read once.
@@ -166,7 +155,7 @@ impl<D: PciDevice> Receive<D> {
     /// Finds buffers for the places that have none.
     #[cold]
     #[inline(never)]
-    fn refill(&mut self) {
+    pub(super) fn refill(&mut self) {
         let (arena, stack) = self.pool.parts();
         while self.filled.wrapping_sub(self.next) <= self.mask {
             let at = (self.filled & self.mask) as usize;
@@ -194,7 +183,7 @@ impl<D: PciDevice> Receive<D> {
         if tail.wrapping_sub(self.told) >= least {
             self.told = tail;
             fence(Ordering::Release);
-            self.core.regs().write_number(RDT(QUEUE), tail & self.mask);
+            self.core.regs().write_number(C::receive_tail(self.queue), tail & self.mask);
         }
     }
 
@@ -202,7 +191,7 @@ impl<D: PciDevice> Receive<D> {
     #[inline(always)]
     fn read(&mut self, buffer: &mut BurstBuffer) -> usize {
         self.taken = 0;
-        if !self.core.runs() {
+        if !self.core.state.runs() {
             return 0;
         }
         let arena = self.pool.arena().view();
@@ -225,7 +214,7 @@ impl<D: PciDevice> Receive<D> {
                 let (d, index) = unsafe { (Self::written_at(descriptor), *slot) };
                 let len = d.len();
                 let over = len.wrapping_sub(LEAST_SIMPLE);
-                if d.0 & Received::WHOLE_MASK != Received::WHOLE || over > simple {
+                if d.0 & (Received::WHOLE_MASK | C::DAMAGED) != Received::WHOLE || over > simple {
                     break 'burst;
                 }
                 (descriptor, slot) = (descriptor.wrapping_add(1), slot.wrapping_add(1));
@@ -317,7 +306,7 @@ impl<D: PciDevice> Receive<D> {
         table: &mut [Segment],
         used: usize,
     ) -> Found {
-        let mut found = [(0u32, 0u32); MAX_DESCRIPTORS as usize];
+        let mut found = [(0u32, 0u32); MOST_BUFFERS as usize];
         let (mut total, mut count) = (0, 0);
         let last = loop {
             if count == posted {
@@ -329,8 +318,7 @@ impl<D: PciDevice> Receive<D> {
                 return Found::Wait;
             }
             let Some(place) = found.get_mut(count as usize) else {
-                return self
-                    .broken(here, format!("a frame does not end after {MAX_DESCRIPTORS} descriptors"));
+                return self.broken(here, format!("a frame does not end after {MOST_BUFFERS} descriptors"));
             };
             let len = d.len();
             if len == 0 || len > BUFFER {
@@ -347,7 +335,7 @@ impl<D: PciDevice> Receive<D> {
             counter.add(u64::from(last.errors() >> bit & 1));
         }
         let found = found.get(..count as usize).unwrap_or_default();
-        if last.damaged() {
+        if last.0 & C::DAMAGED != 0 {
             return Found::Drop(DropReason::Damaged, count);
         }
         if total < MIN_FRAME {
@@ -381,7 +369,7 @@ impl<D: PciDevice> Receive<D> {
 
     /// The device wrote what it cannot mean: the port stops. The frame at hand is not counted as received.
     fn broken(&self, at: u32, what: String) -> Found {
-        self.core.fail(DeviceError::Broken { descriptor: at & self.mask, what });
+        self.core.state.fail(DeviceError::Broken { descriptor: at & self.mask, what });
         Found::Wait
     }
 }
@@ -405,14 +393,14 @@ fn clear_behind(head: &mut [u8; HEAD], over: u32) {
     }
 }
 
-impl<D: PciDevice> RxQueue for Receive<D> {
+impl<D: PciDevice, C: Card> RxQueue for Receive<D, C> {
     #[inline(always)]
     fn peek(&mut self) -> usize {
         if self.is_short() {
             self.refill();
         }
         let posted = self.posted();
-        if !self.core.runs() || posted == 0 {
+        if !self.core.state.runs() || posted == 0 {
             return 0;
         }
         // The device writes descriptors back in order: a few looks tell about how many.
@@ -438,7 +426,7 @@ impl<D: PciDevice> RxQueue for Receive<D> {
     }
 }
 
-impl<D: PciDevice> Release for Receive<D> {
+impl<D: PciDevice, C: Card> Release for Receive<D, C> {
     #[inline(always)]
     fn release(&mut self) {
         let end = self.next.wrapping_add(std::mem::take(&mut self.taken));
@@ -500,7 +488,17 @@ impl<D: PciDevice> Release for Receive<D> {
     }
 }
 
-impl<D: PciDevice> Drop for Receive<D> {
+impl<D: PciDevice, C: Card> ReceiveQueue for Receive<D, C> {
+    fn counters(&self) -> Arc<ReceiveCounters> {
+        self.counters.clone()
+    }
+
+    fn tag(&self, i: usize) -> Option<u16> {
+        self.tags.get(i).copied().flatten()
+    }
+}
+
+impl<D: PciDevice, C: Card> Drop for Receive<D, C> {
     fn drop(&mut self) {
         // The device may write to these buffers until it has stopped.
         self.core.stop();

@@ -7,24 +7,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use port::{Burst, DropReason, Frame, FrameSet, Gso, HEAD, Head, Offload, Scratch, TagEdit, TxQueue};
-use virtio::memory::copy::copy;
+use port::{Burst, DropReason, Frame, FrameSet, Gso, Head, Offload, Scratch, TagEdit, TxQueue};
 
-use super::counters::TransmitCounters;
-use super::descriptors::{CHECKSUM, Descriptor, LAST, REPORT, SENT, context, data, tag};
-use super::device::Core;
-use super::regs::TDT;
-use super::{MAX_DESCRIPTORS, QUEUE};
+use super::Card;
+use super::core::Core;
+use super::descriptors::{Ask, Checksum, Descriptor, LAST, REPORT, SENT};
 use crate::access::PciDevice;
 use crate::dma::{BUFFER, Chain, Pool};
+use crate::nic::{MOST_BUFFERS, Plan, TransmitCounters, TransmitQueue, Writer, pieces};
 
-/// Bytes of a VLAN tag, and where it begins.
-const TAG: u32 = 4;
-const TAG_AT: usize = 12;
-
-/// The transmit queue of a device. One thread uses it at a time.
-pub struct Transmit<D: PciDevice> {
+/// A transmit queue of a device. One thread uses it at a time.
+pub struct Transmit<D: PciDevice, C: Card> {
     ring: *mut Descriptor,
+    queue: u32,
     mask: u32,
     /// The next descriptor to write; counts on without wrapping to the ring.
     next: u32,
@@ -35,8 +30,8 @@ pub struct Transmit<D: PciDevice> {
     marks: Box<[(u32, Chain)]>,
     first_mark: u32,
     next_mark: u32,
-    /// What the device was told about checksums.
-    context: Option<(u8, u8)>,
+    /// What the device was told last, of frames that it has to finish.
+    context: Option<[u64; 2]>,
     /// Descriptors were written that the device was not told of.
     unannounced: bool,
     /// Longest frame in bytes, without FCS.
@@ -44,17 +39,19 @@ pub struct Transmit<D: PciDevice> {
     /// Buffers of the descriptors written since the last mark.
     chain: Chain,
     pool: Pool,
-    core: Arc<Core<D>>,
+    core: Arc<Core<D, C>>,
     counters: Arc<TransmitCounters>,
 }
 
 // SAFETY: as for `Receive`.
-unsafe impl<D: PciDevice> Send for Transmit<D> {}
+unsafe impl<D: PciDevice, C: Card> Send for Transmit<D, C> {}
 
-impl<D: PciDevice> Transmit<D> {
-    pub(super) fn new(core: Arc<Core<D>>, size: u32, max: u32, pool: Pool) -> Self {
+impl<D: PciDevice, C: Card> Transmit<D, C> {
+    /// Queue `queue` of the device; frames of `max` bytes at most, without FCS, which are copied into buffers of `pool`.
+    pub(super) fn new(core: Arc<Core<D, C>>, queue: u32, size: u32, max: u32, pool: Pool) -> Self {
         Self {
-            ring: core.transmit_ring().cast(),
+            ring: core.transmit_ring(queue).cast(),
+            queue,
             mask: size - 1,
             next: 0,
             oldest: 0,
@@ -69,11 +66,6 @@ impl<D: PciDevice> Transmit<D> {
             core,
             counters: Arc::default(),
         }
-    }
-
-    /// What it counts.
-    pub fn counters(&self) -> Arc<TransmitCounters> {
-        self.counters.clone()
     }
 
     /// Descriptors that can be written now. One stays free: head equal to tail means that there is none.
@@ -164,48 +156,21 @@ impl<D: PciDevice> Transmit<D> {
         head: &Head,
         edit: TagEdit,
     ) -> Result<u32, DropReason> {
-        let grows = matches!(edit, TagEdit::Push(_));
-        let shrinks = matches!(edit, TagEdit::Pop);
-        if frame.len + if grows { TAG } else { 0 } > self.max + if shrinks { TAG } else { 0 } {
-            return Err(DropReason::MtuExceeded);
-        }
-        if frame.len < TAG_AT as u32 + 2 + if shrinks { TAG } else { 0 } {
-            return Err(DropReason::Runt);
-        }
-        // The device inserts tags only where it takes them off too (CTRL.VME, datasheet 10.2.2.1), and by itself, behind the
-        // checksum's offsets.
-        let inserts = grows && self.core.strips_tags();
-        let by = match edit {
-            TagEdit::Push(_) if !inserts => TAG as i16,
-            TagEdit::Pop => -(TAG as i16),
-            _ => 0,
-        };
-        let offload = frame.offload.moved(by).ok_or(DropReason::CannotFinish)?;
-        let checksum = checksum_of(offload)?;
-        let flags = checksum.map_or(0, |_| CHECKSUM)
-            | match edit {
-                TagEdit::Push(tci) if inserts => tag(tci),
-                _ => 0,
-            };
-        let told = checksum.is_none() || checksum == self.context;
+        // The device inserts tags only where it takes them off too (CTRL.VME), and by itself, behind the checksum's offsets.
+        let plan = Plan::new(frame, edit, self.max, self.core.strips_tags())?;
+        let Ask { flags, context } = C::ask(checksum_of(plan.offload)?, plan.inserts, head)?;
+        let told = context.is_none() || context == self.context;
         let context_descriptors = u32::from(!told);
 
-        let pieces = || {
-            std::iter::once((frame.ptr, frame.first_len))
-                .chain(burst.more(frame).iter().map(|s| (s.ptr, s.len)))
-        };
         let arena = self.pool.arena().clone();
-        let as_it_is = edit == TagEdit::Keep || inserts;
         let view = arena.view();
         let ours = |ptr: *const u8| view.buffer_of(ptr).filter(|&index| view.is_held(index));
-        let uncopied =
-            as_it_is && frame.more < MAX_DESCRIPTORS as u16 && pieces().all(|(ptr, _)| ours(ptr).is_some());
-        let descriptors = if uncopied {
-            u32::from(frame.more) + 1
-        } else {
-            frame.len.saturating_add_signed(by.into()).div_ceil(BUFFER)
-        };
-        if descriptors > MAX_DESCRIPTORS {
+        let uncopied = plan.edit == TagEdit::Keep
+            && frame.more < MOST_BUFFERS as u16
+            && pieces(burst, frame).all(|(ptr, _)| ours(ptr).is_some());
+        let total = plan.len(frame);
+        let descriptors = if uncopied { u32::from(frame.more) + 1 } else { total.div_ceil(BUFFER) };
+        if descriptors > MOST_BUFFERS {
             return Err(DropReason::Oversize);
         }
         if self.free() < descriptors + context_descriptors {
@@ -215,69 +180,43 @@ impl<D: PciDevice> Transmit<D> {
             }
         }
         if uncopied {
-            self.tell(checksum, told);
-            for (i, (ptr, len)) in pieces().enumerate() {
+            self.tell(context, told);
+            for (i, (ptr, len)) in pieces(burst, frame).enumerate() {
                 let Some(index) = ours(ptr) else { break };
                 self.take(index);
                 let ends = if i == usize::from(frame.more) { LAST } else { 0 };
-                self.write(view.iova_of(ptr), data(len, flags | ends));
+                self.write(view.iova_of(ptr), C::data(len, total, flags | ends));
             }
             self.counters.uncopied.add(1);
-            return Ok(frame.len);
+            return Ok(total);
         }
 
         let mut writer = Writer::new(&mut self.pool, descriptors).ok_or(DropReason::ReceiverFull)?;
-        let in_head = (frame.len as usize).min(HEAD);
-        let Head(mut head) = *head;
-        let resume = match edit {
-            TagEdit::SetVid(vid) => {
-                set_vid(&mut head, vid);
-                0
-            }
-            TagEdit::Pop => {
-                writer.append(head.as_ptr(), TAG_AT);
-                TAG_AT + TAG as usize
-            }
-            TagEdit::Push(tci) if !inserts => {
-                let [a, b] = tci.to_be_bytes();
-                writer.append(head.as_ptr(), TAG_AT);
-                writer.append([0x81, 0x00, a, b].as_ptr(), TAG as usize);
-                TAG_AT
-            }
-            TagEdit::Keep | TagEdit::Push(_) => 0,
-        };
-        writer.append(head.as_ptr().wrapping_add(resume), in_head - resume);
-        let mut skip = in_head;
-        for (ptr, len) in pieces() {
-            let len = len as usize;
-            let n = skip.min(len);
-            skip -= n;
-            writer.append(ptr.wrapping_add(n), len - n);
-        }
+        writer.frame(burst, frame, head, plan.edit);
         let (buffers, total) = writer.finish();
-        self.tell(checksum, told);
+        self.tell(context, told);
         let mut left = total;
         for &index in buffers.get(..descriptors as usize).unwrap_or_default() {
             let len = left.min(BUFFER);
             left -= len;
             self.take(index);
-            self.write(view.iova(index), data(len, flags | if left == 0 { LAST } else { 0 }));
+            let ends = if left == 0 { LAST } else { 0 };
+            self.write(view.iova(index), C::data(len, total, flags | ends));
         }
         Ok(total)
     }
 
-    /// Tells the device where the checksum goes, unless it knows.
-    fn tell(&mut self, checksum: Option<(u8, u8)>, told: bool) {
-        if let (Some((start, at)), false) = (checksum, told) {
-            let [low, high] = context(start, at);
+    /// Tells the device what the next frame needs, unless it knows.
+    fn tell(&mut self, context: Option<[u64; 2]>, told: bool) {
+        if let (Some([low, high]), false) = (context, told) {
             self.write(low, high);
-            self.context = checksum;
+            self.context = context;
         }
     }
 }
 
 /// Where a checksum begins and where it goes, if one is to be calculated.
-fn checksum_of(offload: Offload) -> Result<Option<(u8, u8)>, DropReason> {
+fn checksum_of(offload: Offload) -> Result<Option<Checksum>, DropReason> {
     if offload.is_none() {
         return Ok(None);
     }
@@ -287,73 +226,12 @@ fn checksum_of(offload: Offload) -> Result<Option<(u8, u8)>, DropReason> {
     }
     let at = offload.csum_start().checked_add(offload.csum_offset);
     match (u8::try_from(offload.csum_start()), at.map(u8::try_from)) {
-        (Ok(start), Some(Ok(at))) => Ok(Some((start, at))),
+        (Ok(start), Some(Ok(at))) => Ok(Some(Checksum { start, at })),
         _ => Err(DropReason::CannotFinish),
     }
 }
 
-/// Replaces the VLAN identifier of the outermost tag, and leaves its priority.
-fn set_vid(head: &mut [u8; HEAD], vid: u16) {
-    if let Some([a, b]) = head.get_mut(TAG_AT + 2..TAG_AT + 4) {
-        let tci = u16::from_be_bytes([*a, *b]) & 0xf000 | vid & 0xfff;
-        [*a, *b] = tci.to_be_bytes();
-    }
-}
-
-/// Copies a frame into buffers, piece by piece.
-struct Writer<'p> {
-    pool: &'p mut Pool,
-    buffers: [u32; MAX_DESCRIPTORS as usize],
-    count: usize,
-    total: usize,
-    room: usize,
-}
-
-impl<'p> Writer<'p> {
-    /// With `count` buffers of `pool`, or none if it does not have as many.
-    fn new(pool: &'p mut Pool, count: u32) -> Option<Self> {
-        let mut writer = Self {
-            buffers: [0; MAX_DESCRIPTORS as usize],
-            count: 0,
-            total: 0,
-            room: (count.min(MAX_DESCRIPTORS) * BUFFER) as usize,
-            pool,
-        };
-        for _ in 0..count.min(MAX_DESCRIPTORS) {
-            let Some(index) = writer.pool.take() else {
-                for &index in writer.buffers.get(..writer.count).unwrap_or_default() {
-                    writer.pool.put(index);
-                }
-                return None;
-            };
-            if let Some(place) = writer.buffers.get_mut(writer.count) {
-                *place = index;
-                writer.count += 1;
-            }
-        }
-        Some(writer)
-    }
-
-    /// Appends `len` bytes at `from`, which are mapped; what does not fit is left out.
-    fn append(&mut self, mut from: *const u8, len: usize) {
-        let mut left = len.min(self.room - self.total);
-        while left > 0 {
-            let (buffer, at) = (self.total / BUFFER as usize, self.total % BUFFER as usize);
-            let Some(&index) = self.buffers.get(buffer) else { break };
-            let n = left.min(BUFFER as usize - at);
-            // SAFETY: `n` bytes at `from` are mapped (a piece of the private head, or of a frame that the burst lends); the
-            // buffer has `n` bytes at `at`, and is nobody else's.
-            unsafe { copy(self.pool.arena().view().ptr(index).wrapping_add(at), from, n) };
-            (from, left, self.total) = (from.wrapping_add(n), left - n, self.total + n);
-        }
-    }
-
-    fn finish(self) -> ([u32; MAX_DESCRIPTORS as usize], u32) {
-        (self.buffers, self.total as u32)
-    }
-}
-
-impl<D: PciDevice> TxQueue for Transmit<D> {
+impl<D: PciDevice, C: Card> TxQueue for Transmit<D, C> {
     #[inline(always)]
     fn prepare(&mut self, frames: usize) {
         if (self.free() as usize) < frames {
@@ -364,7 +242,7 @@ impl<D: PciDevice> TxQueue for Transmit<D> {
     #[inline(always)]
     fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, _: &mut Scratch) {
         self.counters.offered.add(set.len() as u64);
-        if !self.core.is_up() {
+        if !self.core.state.is_up() {
             self.counters.drops.add(DropReason::PortDown, set.len() as u64);
             return;
         }
@@ -401,7 +279,7 @@ impl<D: PciDevice> TxQueue for Transmit<D> {
                 break;
             }
             // SAFETY: as in `write`.
-            unsafe { Self::write_at(descriptor, view.iova_of(ptr), data(len, LAST)) };
+            unsafe { Self::write_at(descriptor, view.iova_of(ptr), C::data(len, len, LAST)) };
             (frame, descriptor) = (frame.wrapping_add(1), descriptor.wrapping_add(1));
             bytes += len;
         }
@@ -438,12 +316,18 @@ impl<D: PciDevice> TxQueue for Transmit<D> {
     fn notify(&mut self) {
         if std::mem::take(&mut self.unannounced) {
             fence(Ordering::Release);
-            self.core.regs().write_number(TDT(QUEUE), self.next & self.mask);
+            self.core.regs().write_number(C::transmit_tail(self.queue), self.next & self.mask);
         }
     }
 }
 
-impl<D: PciDevice> Drop for Transmit<D> {
+impl<D: PciDevice, C: Card> TransmitQueue for Transmit<D, C> {
+    fn counters(&self) -> Arc<TransmitCounters> {
+        self.counters.clone()
+    }
+}
+
+impl<D: PciDevice, C: Card> Drop for Transmit<D, C> {
     fn drop(&mut self) {
         // The device may read these buffers until it has stopped.
         self.core.stop();

@@ -12,14 +12,17 @@ use super::standin::{
     COMMAND, CTRL, EEC, Identity, MASTER, RCTL, RDT, RX_RING, STATUS, Standin, TCTL, TDT, TX_RING,
 };
 use super::*;
-use crate::dma::{ArenaOptions, BUFFER};
+use crate::access::PciDevice;
+use crate::dma::{Arena, ArenaOptions, BUFFER, Pool};
+use crate::e1000e::{E1000e, I82574};
+use crate::nic::{MIN_FRAME, Nic, ReceiveQueue, TransmitQueue};
 
 const BUFFERS: u32 = 400;
 
 struct World {
     card: Arc<Standin>,
-    receive: Receive<Standin>,
-    transmit: Transmit<Standin>,
+    receive: Receive<Standin, I82574>,
+    transmit: Transmit<Standin, I82574>,
     device: E1000e<Standin>,
     arena: Arc<Arena>,
 }
@@ -43,8 +46,9 @@ impl World {
 
     fn at(space: &Arc<Identity>, arena: Arc<Arena>) -> Self {
         let card = Standin::new(space);
-        let (device, receive, transmit) = E1000e::open(card.clone(), &arena, options()).unwrap();
-        Self { card, receive, transmit, device, arena }
+        let mut opened = E1000e::open(card.clone(), &arena, options()).unwrap();
+        let (receive, transmit) = (opened.receive.pop().unwrap(), opened.transmit.pop().unwrap());
+        Self { card, receive, transmit, device: opened.nic, arena }
     }
 
     /// The device writes back receive descriptor `at`: status and errors, and a length.
@@ -80,7 +84,7 @@ impl Release for Lent {
     fn dropped(&mut self, _: FrameSet, _: DropReason) {}
 }
 impl Lent {
-    fn send<D: PciDevice>(&mut self, to: &mut Transmit<D>) {
+    fn send<D: PciDevice, C: Card>(&mut self, to: &mut Transmit<D, C>) {
         let mut buffer = BurstBuffer::default();
         for (i, bytes) in self.0.iter().enumerate() {
             let len = bytes.len() as u32;
@@ -168,7 +172,7 @@ fn what_cannot_be_driven_is_refused_with_the_reason() {
     let (_, others) = space_and_arena();
     assert!(open(&card, &others, options()).starts_with("the arena is mapped for other devices"));
     card.config[0].store(0x100e_8086, Ordering::Relaxed);
-    assert!(open(&card, &arena, options()).starts_with("PCI device 8086:100e is not an 82574L"));
+    assert!(open(&card, &arena, options()).starts_with("PCI device 8086:100e is not an 82574L; use"));
     card.gone.store(true, Ordering::Relaxed);
     assert!(open(&card, &arena, options()).starts_with("the device is gone"));
 }
@@ -240,7 +244,8 @@ fn damaged_short_and_long_frames_are_dropped_under_their_names() {
     assert_eq!((counters.frames.get(), counters.drops.sum()), (6, 4), "received = passed on + dropped");
     let reasons = [DropReason::Damaged, DropReason::Runt, DropReason::Oversize];
     assert_eq!(reasons.map(|r| counters.drops.get(r)), [2, 1, 1]);
-    let errors: Vec<_> = RECEIVE_ERRORS.iter().zip(&counters.errors).filter(|(_, n)| n.get() > 0).collect();
+    let errors: Vec<_> =
+        I82574::RECEIVE_ERRORS.iter().zip(&counters.errors).filter(|(_, n)| n.get() > 0).collect();
     assert_eq!(
         errors.iter().map(|(name, n)| (**name, n.get())).collect::<Vec<_>>(),
         [("crc_or_alignment", 1), ("tcp_udp_checksum", 1), ("data", 1)]

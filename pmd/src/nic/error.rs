@@ -13,14 +13,16 @@ pub enum DeviceError {
     Wait(#[from] WaitError),
     #[error(transparent)]
     Arena(#[from] ArenaError),
-    #[error("PCI device {vendor:04x}:{device:04x} is not an 82574L (8086:10d3)")]
-    Unknown { vendor: u16, device: u16 },
+    #[error("PCI device {vendor:04x}:{device:04x} is not {card}; use the driver for that device")]
+    Unknown { vendor: u16, device: u16, card: &'static str },
     #[error("the arena is mapped for other devices: make one with this device's IOVA space")]
     OtherSpace,
     #[error("a ring of {0} descriptors: give a power of two, 64 to 4096")]
     RingSize(u32),
-    #[error("an MTU of {0}: the 82574L has 68 to 9000")]
-    Mtu(u32),
+    #[error("{wanted} queue pairs: {card} has 1 to {most}")]
+    Queues { card: &'static str, wanted: u16, most: u16 },
+    #[error("an MTU of {wanted}: {card} has 68 to {most}")]
+    Mtu { card: &'static str, wanted: u32, most: u32 },
     #[error("the device is gone: its registers read all ones (removed, or powered down)")]
     Gone,
     #[error(

@@ -1,0 +1,162 @@
+#![doc = include_str!("README.md")]
+
+mod adapter;
+mod core;
+mod descriptors;
+mod filter;
+mod receive;
+pub(crate) mod regs;
+#[cfg(test)]
+pub(crate) mod standin;
+mod statistics;
+#[cfg(test)]
+mod tests;
+mod transmit;
+
+use std::time::Duration;
+
+use port::{DropReason, Head};
+
+use crate::access::{Bar, Bits, Regs, WaitError, Writable};
+use crate::nic::{DeviceError, Options};
+
+pub use adapter::Adapter;
+pub use descriptors::{Ask, Checksum};
+pub(crate) use descriptors::{CHECKSUM, INSERT_TAG};
+pub use receive::Receive;
+pub use transmit::Transmit;
+
+use regs::{CTRL, EEC, ICR, IMC, RCTL, RXCSUM, STATUS, TCTL, VET};
+
+/// How long requests under way may take to end (82574 datasheet 5.2.5.3 wants them to within completion timeouts, tens of ms).
+const MASTER_LIMIT: Duration = Duration::from_millis(100);
+
+/// How long a reset may take: the datasheets promise 1 µs for RST, and some ms for the EEPROM.
+const RESET_LIMIT: Duration = Duration::from_millis(100);
+
+/// What a card's queues differ in from those of others.
+pub trait Card: Send + Sync + 'static {
+    /// What it is called.
+    const NAME: &'static str;
+    /// The functions that it is, as at [`crate::access::config::ID`].
+    const IDS: &'static [u32];
+    /// Bytes of BAR 0 that hold registers.
+    const BAR_BYTES: u32;
+    /// Bits of a receive descriptor's second word that make a frame no frame.
+    const DAMAGED: u64;
+    /// The names of its bits 24 to 31.
+    const RECEIVE_ERRORS: [&'static str; 8];
+
+    /// Receive descriptor tail.
+    fn receive_tail(queue: u32) -> impl Writable;
+
+    /// Transmit descriptor tail.
+    fn transmit_tail(queue: u32) -> impl Writable;
+
+    /// The second word of a data descriptor for `len` bytes of a frame of `frame` bytes.
+    fn data(len: u32, frame: u32, flags: u64) -> u64;
+
+    /// How the device is asked to calculate a checksum, or to insert a tag, for a frame with this head.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn ask(checksum: Option<Checksum>, tag: Option<u16>, head: &Head) -> Result<Ask, DropReason>;
+
+    /// Turns both directions off, and waits until requests have ended.
+    ///
+    /// # Errors
+    /// They have not; the device has to be kept from memory otherwise.
+    fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError>;
+}
+
+/// A card that is a whole network adapter (a physical function): how it is started. The registers of [`regs`] are its.
+pub trait Physical: Card {
+    /// Queue pairs.
+    const QUEUES: u16;
+    /// Longest IP packet in bytes.
+    const MTU: u32;
+    /// Addresses that it compares with exactly; the first is its own.
+    const EXACT: u32;
+
+    /// What there is to do after a reset before queues are set up.
+    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options);
+
+    /// Sets up receive queue `queue`, with its ring at `ring` and nothing in it.
+    ///
+    /// # Errors
+    /// The device does not take it.
+    fn start_receive<B: Bar>(
+        regs: &Regs<B>,
+        queue: u32,
+        ring: u64,
+        options: &Options,
+    ) -> Result<(), DeviceError>;
+
+    /// Sets up transmit queue `queue`.
+    ///
+    /// # Errors
+    /// The device does not take it.
+    fn start_transmit<B: Bar>(
+        regs: &Regs<B>,
+        queue: u32,
+        ring: u64,
+        options: &Options,
+    ) -> Result<(), DeviceError>;
+}
+
+fn mask_interrupts<B: Bar>(regs: &Regs<B>) {
+    regs.write_number(IMC, u32::MAX);
+    regs.flush(ICR);
+}
+
+/// Both directions off; what is under way ends (82574 datasheet 10.2.5.1, 10.2.6.1).
+fn quiesce<B: Bar>(regs: &Regs<B>) {
+    regs.write(RCTL, Bits::new(0));
+    regs.clear(TCTL, TCTL::EN);
+    regs.flush(STATUS);
+    regs.pause(Duration::from_millis(10));
+}
+
+/// [`Card::quiet`] of an adapter.
+pub(crate) fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
+    mask_interrupts(regs);
+    quiesce(regs);
+    // 82574 datasheet 5.2.5.3: no new requests; those under way end.
+    regs.set(CTRL, CTRL::GIO_MASTER_DISABLE);
+    regs.wait_clear(STATUS, STATUS::GIO_MASTER_ENABLE, MASTER_LIMIT)
+}
+
+/// Brings an adapter into a known state, with its rings empty and nothing enabled: 82574 datasheet 4.6.1 (interrupts off during
+/// initialization) and 4.6.2 (global reset and general configuration).
+fn reset<B: Bar>(regs: &Regs<B>) -> Result<(), DeviceError> {
+    quiet(regs)?;
+    regs.set(CTRL, CTRL::RST);
+    // 10.2.2.1: registers may be touched 1 µs after RST, and are ready when the EEPROM was read.
+    regs.pause(Duration::from_millis(1));
+    regs.wait_clear(CTRL, CTRL::RST, RESET_LIMIT)?;
+    regs.wait_set(EEC, EEC::AUTO_RD, RESET_LIMIT)?;
+    mask_interrupts(regs);
+    // Speed and duplex come from the PHY; the MAC follows it (4.6.3). Flow control off: a slow guest must not stop the wire.
+    regs.clear(CTRL, CTRL::GIO_MASTER_DISABLE | CTRL::RFCE | CTRL::TFCE);
+    regs.set(CTRL, CTRL::ASDE | CTRL::SLU);
+    Ok(())
+}
+
+/// Lets frames in: 82574 datasheet 4.6.5, the end of receive initialization.
+fn receive<B: Bar>(regs: &Regs<B>, options: &Options) {
+    regs.write_number(VET, 0x8100);
+    if options.strip_tags {
+        regs.set(CTRL, CTRL::VME);
+    } else {
+        regs.clear(CTRL, CTRL::VME);
+    }
+    // BSIZE 0 without BSEX: 2,048 bytes a buffer. SECRC: the FCS is taken off.
+    let long = if options.longest() > 1518 { RCTL::LPE } else { Bits::new(0) };
+    regs.set(RXCSUM, RXCSUM::IPOFLD | RXCSUM::TUOFLD);
+    regs.write(RCTL, RCTL::EN | RCTL::BAM | RCTL::SECRC | long);
+}
+
+/// Lets frames out.
+fn transmit<B: Bar>(regs: &Regs<B>) {
+    regs.write(TCTL, TCTL::EN | TCTL::PSP | TCTL::RTLC | TCTL::CT.is(15) | TCTL::COLD.is(63));
+}

@@ -7,6 +7,7 @@ extern crate self as pmd;
 pub mod access;
 pub mod dma;
 pub mod e1000e;
+pub mod igb;
 pub mod intel;
 pub mod kernel;
 pub mod nic;

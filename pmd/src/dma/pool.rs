@@ -22,14 +22,15 @@ pub struct Pool {
 #[derive(Clone, Copy)]
 pub struct Stack {
     number: u32,
-    top: u32,
+    /// As wide as an index, so that a loop need not widen it.
+    top: usize,
 }
 
 impl Stack {
     /// A free buffer, the one used last if it can be; it is held from now on, under `name` (below 2^16).
     #[inline(always)]
     pub fn take(&mut self, view: View<'_>, name: u32) -> Option<u32> {
-        if self.top == NONE {
+        if self.is_empty() {
             *self = self.collected(view);
         }
         self.take_as(view, self.mark(name))
@@ -45,10 +46,11 @@ impl Stack {
     #[inline(always)]
     pub fn take_as(&mut self, view: View<'_>, mark: u32) -> Option<u32> {
         let index = self.top;
-        let link = view.links.get(index as usize)?;
-        self.top = link.next.load(Ordering::Relaxed);
+        let link = view.links.get(index)?;
+        self.top = link.next.load(Ordering::Relaxed) as usize;
         link.next.store(mark, Ordering::Relaxed);
-        Some(index)
+        // There are fewer than 2^32 links.
+        Some(index as u32)
     }
 
     /// This stack, which is empty, with all that came back.
@@ -58,12 +60,12 @@ impl Stack {
         let Some(path) = view.returns.get(self.number as usize) else { return self };
         // An idle poll reads the line and does not write it.
         let back = path.0.load(Ordering::Relaxed) != NONE;
-        Self { top: if back { path.0.swap(NONE, Ordering::Acquire) } else { NONE }, ..self }
+        Self { top: if back { path.0.swap(NONE, Ordering::Acquire) } else { NONE } as usize, ..self }
     }
 
     /// Whether there is no buffer on it.
     pub fn is_empty(&self) -> bool {
-        self.top == NONE
+        self.top == NONE as usize
     }
 
     /// Whether `index`, a buffer of this pool, is held under the name of `mark` still: it was not taken out, nor taken out, sent,
@@ -81,8 +83,9 @@ impl Stack {
     #[inline(always)]
     pub fn put(&mut self, view: View<'_>, index: u32) {
         if let Some(link) = view.links.get(index as usize) {
-            link.next.store(self.top, Ordering::Relaxed);
-            self.top = index;
+            // What is on the stack came as 32 bits.
+            link.next.store(self.top as u32, Ordering::Relaxed);
+            self.top = index as usize;
         }
     }
 }
@@ -172,7 +175,7 @@ impl Pool {
             return Err(ArenaError::Buffers { wanted: count, free: free as u32 });
         };
         let number = ledger.numbers.pop().ok_or(ArenaError::Pools)?;
-        let mut stack = Stack { number, top: NONE };
+        let mut stack = Stack { number, top: NONE as usize };
         let view = arena.view();
         for index in ledger.buffers.split_off(at) {
             if let Some(link) = view.links.get(index as usize) {

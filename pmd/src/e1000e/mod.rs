@@ -5,10 +5,12 @@ mod regs;
 use port::{DropReason, Head};
 
 use crate::access::{Bar, Regs, WaitError, Writable};
-use crate::intel::regs::MRQC;
-use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical};
+use crate::intel::regs::{CTRL, EEC, MRQC};
+use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical, RESET_LIMIT};
 use crate::nic::{DeviceError, Options};
-use regs::{RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TIPG, TXDCTL};
+use regs::{
+    ICR, IMC, RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TIPG, TXDCTL,
+};
 
 /// An 82574L.
 pub type E1000e<D> = Adapter<D, I82574>;
@@ -23,6 +25,8 @@ impl Card for I82574 {
     const BAR_BYTES: u32 = 128 << 10;
     /// CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data (RXE).
     const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
+    /// IXSM.
+    const IGNORE_CHECKSUM: u64 = 1 << 2;
     /// Datasheet 7.1, extended errors.
     const RECEIVE_ERRORS: [&'static str; 8] = [
         "crc_or_alignment",
@@ -63,7 +67,7 @@ impl Card for I82574 {
     }
 
     fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
-        intel::quiet(regs)
+        intel::quiet::<B, Self>(regs)
     }
 }
 
@@ -73,11 +77,22 @@ impl Physical for I82574 {
     const MTU: u32 = 9000;
     const EXACT: u32 = 16;
 
-    fn prepare<B: Bar>(regs: &Regs<B>, _: &Options) {
+    fn mask_interrupts<B: Bar>(regs: &Regs<B>) {
+        regs.write_number(IMC, u32::MAX);
+        regs.flush(ICR);
+    }
+
+    fn wait_for_settings<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
+        regs.wait_set(EEC, EEC::AUTO_RD, RESET_LIMIT)
+    }
+
+    fn prepare<B: Bar>(regs: &Regs<B>, _: &Options) -> Result<(), DeviceError> {
+        regs.set(CTRL, CTRL::ASDE);
         regs.write_number(MRQC, 0);
         regs.set(RFCTL, RFCTL::EXSTEN);
         // The values that 10.2.6.2 names for copper.
         regs.write(TIPG, TIPG::IPGT.is(8) | TIPG::IPGR1.is(8) | TIPG::IPGR2.is(6));
+        Ok(())
     }
 
     /// Datasheet 4.6.5: receive initialization.

@@ -3,6 +3,11 @@
 use crate::registers;
 
 registers! {
+    /// Interrupt cause, cleared by reading (10.2.4.1).
+    ICR @ 0x00C0 ro {}
+    /// Interrupt mask clear (10.2.4.6).
+    IMC @ 0x00D8 wo {}
+
     /// Receive descriptor base, length, head and tail (10.2.5.5 ff.), one of each for both queues.
     RDBAL @ 0x2800 + 0x100 * queue rw {}
     RDBAH @ 0x2804 + 0x100 * queue rw {}

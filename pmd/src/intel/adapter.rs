@@ -35,12 +35,12 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
         let transmit_pools = pools(options.transmit_ring).collect::<Result<Vec<_>, _>>()?;
         let core = Arc::new(Core::<D, C>::take(device, arena, &options)?);
         let regs = core.regs();
-        reset(regs)?;
+        reset::<_, C>(regs)?;
         core.let_loose();
         for word in 0..128 {
             regs.write_number(MTA(word), 0);
         }
-        C::prepare(regs, &options);
+        C::prepare(regs, &options)?;
         transmit(regs);
         for (queue, (_, ring)) in (0..).zip(core.addresses()) {
             C::start_transmit(regs, queue, ring, &options)?;

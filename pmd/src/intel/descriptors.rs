@@ -6,6 +6,8 @@
 
 use port::Offload;
 
+use super::Card;
+
 /// A descriptor as both sides see it. Accessed with volatile loads and stores only.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
@@ -25,8 +27,6 @@ impl Received {
     const DD: u64 = 1 << 0;
     /// The frame ends here.
     const EOP: u64 = 1 << 1;
-    /// Checksums are to be ignored.
-    const IXSM: u64 = 1 << 2;
     /// A VLAN tag was taken off.
     const VP: u64 = 1 << 3;
     /// The TCP or UDP checksum was calculated.
@@ -70,19 +70,22 @@ impl Received {
 
     /// As [`Received::offload`], of a descriptor without errors.
     #[inline(always)]
-    pub(super) fn offload_of_whole(self) -> Offload {
-        // Of TCPCS (0x20) and IXSM (0x04), the first must be set and the second not: shifted by the two, bit 33 only then becomes
-        // the flag. Bit 34 never does; with it, the compiler leaves this a shift, and makes no comparison of it.
-        Offload { low: (3 << 33) >> (self.0 & (Self::TCPCS | Self::IXSM)) & 2, csum_offset: 0 }
+    pub(super) fn offload_of_whole<C: Card>(self) -> Offload {
+        let low = if C::IGNORE_CHECKSUM == 0 {
+            self.0 >> 4 & 2
+        } else {
+            // Of TCPCS (0x20) and IXSM (0x04), the first must be set and the second not: shifted by the two, bit 33 only then
+            // becomes the flag. Bit 34 never does; with it, the compiler leaves this a shift, and makes no comparison of it.
+            (3 << 33) >> (self.0 & (Self::TCPCS | C::IGNORE_CHECKSUM)) & 2
+        };
+        Offload { low, csum_offset: 0 }
     }
 
     /// DATA_VALID if the device found the checksum of TCP or UDP right, and nothing else.
     #[inline(always)]
-    pub(super) fn offload(self) -> Offload {
-        // TCPCS (bit 5) moves to the flag's place, where IXSM (bit 2) and the errors (bits 29 and 30) clear it.
+    pub(super) fn offload<C: Card>(self) -> Offload {
         const _: () = assert!(Offload::DATA_VALID == 2 && Received::TCPCS == 1 << 5);
-        let wrong = self.0 >> 1 | self.0 >> 28 | self.0 >> 29;
-        Offload { low: self.0 >> 4 & !wrong & 2, csum_offset: 0 }
+        if self.0 & (Self::TCPE | Self::IPE) == 0 { self.offload_of_whole::<C>() } else { Offload::NONE }
     }
 }
 
@@ -118,20 +121,22 @@ pub(super) const SENT: u64 = 1 << 32;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::e1000e::I82574;
+    use crate::igb::I82576;
 
     #[test]
     fn a_written_descriptor_tells_length_tag_and_what_is_wrong() {
         let d = Received(0x0123_05dc_2000_002b);
         assert_eq!((d.done(), d.ends(), d.len(), d.tag()), (true, true, 1500, Some(0x123)));
-        assert!(d.offload() == Offload::NONE && d.errors() == 0x20, "TCPE");
+        assert!(d.offload::<I82574>() == Offload::NONE && d.errors() == 0x20, "TCPE");
         let good = Received(0x0123_05dc_0000_0023);
-        for checksum in 0..16 {
-            let whole = Received(3 | checksum << 2);
-            assert_eq!(whole.offload_of_whole(), whole.offload(), "{checksum:#b}");
-        }
-        assert!(good.offload().flags() == Offload::DATA_VALID && good.tag().is_none());
+        assert!(good.offload::<I82574>().flags() == Offload::DATA_VALID && good.tag().is_none());
+        assert_eq!(good.offload::<I82576>().flags(), Offload::DATA_VALID);
         for bad in [1 << 2, 1 << 29, 1 << 30] {
-            assert_eq!(Received(good.0 | bad).offload(), Offload::NONE, "IXSM, TCPE, IPE");
+            assert_eq!(Received(good.0 | bad).offload::<I82574>(), Offload::NONE, "IXSM, TCPE, IPE");
+        }
+        for unchecked in [0, 4, 8, 16, 20, 28, 64] {
+            assert_eq!(Received(3 | unchecked).offload::<I82574>(), Offload::NONE, "{unchecked:#b}");
         }
     }
 }

@@ -26,13 +26,13 @@ pub(crate) use descriptors::{CHECKSUM, INSERT_TAG};
 pub use receive::Receive;
 pub use transmit::Transmit;
 
-use regs::{CTRL, EEC, ICR, IMC, RCTL, RXCSUM, STATUS, TCTL, VET};
+use regs::{CTRL, RCTL, RXCSUM, STATUS, TCTL, VET};
 
 /// How long requests under way may take to end (82574 datasheet 5.2.5.3 wants them to within completion timeouts, tens of ms).
 const MASTER_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long a reset may take: the datasheets promise 1 µs for RST, and some ms for the EEPROM.
-const RESET_LIMIT: Duration = Duration::from_millis(100);
+pub(crate) const RESET_LIMIT: Duration = Duration::from_millis(100);
 
 /// What a card's queues differ in from those of others.
 pub trait Card: Send + Sync + 'static {
@@ -44,6 +44,8 @@ pub trait Card: Send + Sync + 'static {
     const BAR_BYTES: u32;
     /// Bits of a receive descriptor's second word that make a frame no frame.
     const DAMAGED: u64;
+    /// The bit of it that says that checksums are to be ignored, if the card has one.
+    const IGNORE_CHECKSUM: u64;
     /// The names of its bits 24 to 31.
     const RECEIVE_ERRORS: [&'static str; 8];
 
@@ -78,8 +80,20 @@ pub trait Physical: Card {
     /// Addresses that it compares with exactly; the first is its own.
     const EXACT: u32;
 
+    /// Masks all interrupts, and waits until that has arrived.
+    fn mask_interrupts<B: Bar>(regs: &Regs<B>);
+
+    /// Waits until the device has read its own settings after a reset.
+    ///
+    /// # Errors
+    /// It cannot do without, and has not.
+    fn wait_for_settings<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError>;
+
     /// What there is to do after a reset before queues are set up.
-    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options);
+    ///
+    /// # Errors
+    /// The device does not take it.
+    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<(), DeviceError>;
 
     /// Sets up receive queue `queue`, with its ring at `ring` and nothing in it.
     ///
@@ -104,11 +118,6 @@ pub trait Physical: Card {
     ) -> Result<(), DeviceError>;
 }
 
-fn mask_interrupts<B: Bar>(regs: &Regs<B>) {
-    regs.write_number(IMC, u32::MAX);
-    regs.flush(ICR);
-}
-
 /// Both directions off; what is under way ends (82574 datasheet 10.2.5.1, 10.2.6.1).
 fn quiesce<B: Bar>(regs: &Regs<B>) {
     regs.write(RCTL, Bits::new(0));
@@ -118,8 +127,8 @@ fn quiesce<B: Bar>(regs: &Regs<B>) {
 }
 
 /// [`Card::quiet`] of an adapter.
-pub(crate) fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
-    mask_interrupts(regs);
+pub(crate) fn quiet<B: Bar, C: Physical>(regs: &Regs<B>) -> Result<(), WaitError> {
+    C::mask_interrupts(regs);
     quiesce(regs);
     // 82574 datasheet 5.2.5.3: no new requests; those under way end.
     regs.set(CTRL, CTRL::GIO_MASTER_DISABLE);
@@ -128,17 +137,17 @@ pub(crate) fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
 
 /// Brings an adapter into a known state, with its rings empty and nothing enabled: 82574 datasheet 4.6.1 (interrupts off during
 /// initialization) and 4.6.2 (global reset and general configuration).
-fn reset<B: Bar>(regs: &Regs<B>) -> Result<(), DeviceError> {
-    quiet(regs)?;
+fn reset<B: Bar, C: Physical>(regs: &Regs<B>) -> Result<(), DeviceError> {
+    quiet::<B, C>(regs)?;
     regs.set(CTRL, CTRL::RST);
     // 10.2.2.1: registers may be touched 1 µs after RST, and are ready when the EEPROM was read.
     regs.pause(Duration::from_millis(1));
     regs.wait_clear(CTRL, CTRL::RST, RESET_LIMIT)?;
-    regs.wait_set(EEC, EEC::AUTO_RD, RESET_LIMIT)?;
-    mask_interrupts(regs);
+    C::wait_for_settings(regs)?;
+    C::mask_interrupts(regs);
     // Speed and duplex come from the PHY; the MAC follows it (4.6.3). Flow control off: a slow guest must not stop the wire.
     regs.clear(CTRL, CTRL::GIO_MASTER_DISABLE | CTRL::RFCE | CTRL::TFCE);
-    regs.set(CTRL, CTRL::ASDE | CTRL::SLU);
+    regs.set(CTRL, CTRL::SLU);
     Ok(())
 }
 

@@ -225,7 +225,7 @@ impl<D: PciDevice, C: Card> Receive<D, C> {
                 unsafe {
                     copy_64((&raw mut (*head).0).cast(), ptr);
                     clear_behind(&mut (*head).0, over);
-                    let offload = d.offload_of_whole();
+                    let offload = d.offload_of_whole::<C>();
                     *frame = Frame { ptr, first_len: len, len, more_at: 0, more: 0, offload };
                     (frame, head) = (frame.add(1), head.add(1));
                 }
@@ -357,7 +357,7 @@ impl<D: PciDevice, C: Card> Receive<D, C> {
                 in_head += n;
             }
             if i == 0 {
-                let offload = last.offload();
+                let offload = last.offload::<C>();
                 let more = found.len() as u16 - 1;
                 *frame = Frame { ptr, first_len: len, len: total, more_at: used as u16, more, offload };
             } else if let Some(piece) = pieces.next() {

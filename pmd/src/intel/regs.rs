@@ -13,11 +13,6 @@ registers! {
     /// EtherType of VLAN tags (10.2.2.9).
     VET @ 0x0038 rw {}
 
-    /// Interrupt cause, cleared by reading (10.2.4.1).
-    ICR @ 0x00C0 ro {}
-    /// Interrupt mask clear (10.2.4.6).
-    IMC @ 0x00D8 wo {}
-
     /// Receive control (10.2.5.1).
     RCTL @ 0x0100 rw { 1 => EN, 3 => UPE, 4 => MPE, 5 => LPE, 15 => BAM, 16..=17 => BSIZE, 25 => BSEX, 26 => SECRC }
     /// Receive checksum control.

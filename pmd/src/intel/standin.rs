@@ -1,4 +1,4 @@
-//! A stand-in for an 82574L: registers and rings in memory, and whoever holds it plays the device. For what no model does on
+//! A stand-in for an Intel card: registers and rings in memory, and whoever holds it plays the device. For what no model does on
 //! request: registers that hang, write-backs that no device should make, and counting instructions.
 //!
 //! Shared by the unit tests and the example `driver_cost`, which is why it says `pmd` for its own crate.
@@ -17,12 +17,18 @@ const BYTES: usize = 128 << 10;
 pub(crate) const CTRL: u32 = 0x0000;
 pub(crate) const STATUS: u32 = 0x0008;
 pub(crate) const EEC: u32 = 0x0010;
+pub(crate) const MDIC: u32 = 0x0020;
 pub(crate) const RCTL: u32 = 0x0100;
 pub(crate) const TCTL: u32 = 0x0400;
+/// Of the 82574L; tails are 0x18 behind the rings.
 pub(crate) const RX_RING: u32 = 0x2800;
 pub(crate) const RDT: u32 = 0x2818;
 pub(crate) const TX_RING: u32 = 0x3800;
 pub(crate) const TDT: u32 = 0x3818;
+
+/// Of the 82576.
+pub(crate) const IGB_RX_RING: u32 = 0xC000;
+pub(crate) const IGB_TX_RING: u32 = 0xE000;
 
 /// Command register of the configuration space, and its bus master bit.
 pub(crate) const COMMAND: usize = 1;
@@ -66,9 +72,9 @@ pub(crate) struct Registers {
 }
 
 impl Standin {
-    pub(crate) fn new(space: &Arc<Identity>) -> Arc<Self> {
+    pub(crate) fn new(space: &Arc<Identity>, id: u32) -> Arc<Self> {
         let config = [const { AtomicU32::new(0) }; 16];
-        config[0].store(0x10d3_8086, Ordering::Relaxed);
+        config[0].store(id, Ordering::Relaxed);
         Arc::new(Self {
             registers: Arc::new([const { AtomicU32::new(0) }; BYTES / 4]),
             config,
@@ -142,6 +148,8 @@ impl Bar for Registers {
             // A link, and requests while they are not disabled.
             STATUS => 0x83 | (!self.mapped.read32(CTRL) >> 2 & 1) << 19,
             EEC => 1 << 9,
+            // The PHY is told at once.
+            MDIC => stored | 1 << 28,
             _ => stored,
         };
         let stuck = self.stuck.lock().unwrap();

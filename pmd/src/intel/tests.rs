@@ -9,12 +9,14 @@ use port::{Burst, BurstBuffer, DropReason, Frame, FrameSet, Release, RxQueue, Sc
 use proptest::prelude::*;
 
 use super::standin::{
-    COMMAND, CTRL, EEC, Identity, MASTER, RCTL, RDT, RX_RING, STATUS, Standin, TCTL, TDT, TX_RING,
+    COMMAND, CTRL, EEC, IGB_RX_RING, IGB_TX_RING, Identity, MASTER, MDIC, RCTL, RDT, RX_RING, STATUS,
+    Standin, TCTL, TDT, TX_RING,
 };
 use super::*;
 use crate::access::PciDevice;
 use crate::dma::{Arena, ArenaOptions, BUFFER, Pool};
 use crate::e1000e::{E1000e, I82574};
+use crate::igb::{I82576, Igb};
 use crate::nic::{MIN_FRAME, Nic, ReceiveQueue, TransmitQueue};
 
 const BUFFERS: u32 = 400;
@@ -45,7 +47,7 @@ impl World {
     }
 
     fn at(space: &Arc<Identity>, arena: Arc<Arena>) -> Self {
-        let card = Standin::new(space);
+        let card = Standin::new(space, I82574::IDS[0]);
         let mut opened = E1000e::open(card.clone(), &arena, options()).unwrap();
         let (receive, transmit) = (opened.receive.pop().unwrap(), opened.transmit.pop().unwrap());
         Self { card, receive, transmit, device: opened.nic, arena }
@@ -107,13 +109,43 @@ fn each_wait_of_the_start_ends_with_register_wanted_and_got() {
         (EEC, 1 << 9, 0, "EEC.AUTO_RD: wanted 0x200, read 0x0 for 100ms"),
     ] {
         let (space, arena) = space_and_arena();
-        let card = Standin::new(&space);
+        let card = Standin::new(&space, I82574::IDS[0]);
         card.stuck.lock().unwrap().push((register, bits, value));
         let error = E1000e::open(card.clone(), &arena, options()).err().unwrap();
         assert_eq!(error.to_string(), text);
         assert_eq!(card.config[COMMAND].load(Ordering::Relaxed) & MASTER, 0, "bus mastering stays off");
         assert!(Pool::new(&arena, BUFFERS).is_ok(), "all buffers are home");
     }
+}
+
+#[test]
+fn each_wait_for_the_82576_ends_with_register_wanted_and_got() {
+    for (register, bit, text) in [
+        (MDIC, 28, "MDIC.READY: wanted 0x10000000, read 0x0 for 10ms"),
+        (IGB_TX_RING + 0x28 + 0x40, 25, "TXDCTL[1].ENABLE: wanted 0x2000000, read 0x0 for 100ms"),
+        (IGB_RX_RING + 0x28 + 0x80, 25, "RXDCTL[2].ENABLE: wanted 0x2000000, read 0x0 for 100ms"),
+    ] {
+        let (space, arena) = space_and_arena();
+        let card = Standin::new(&space, I82576::IDS[0]);
+        card.stuck.lock().unwrap().push((register, 1 << bit, 0));
+        let error =
+            Igb::open(card.clone(), &arena, Options { queues: 3, spare: 0, ..options() }).err().unwrap();
+        assert_eq!(error.to_string(), text);
+        assert_eq!(card.config[COMMAND].load(Ordering::Relaxed) & MASTER, 0, "bus mastering is off again");
+        assert!(Pool::new(&arena, BUFFERS).is_ok(), "all buffers are home");
+    }
+}
+
+#[test]
+fn the_82576_hears_the_length_of_the_whole_frame_with_each_of_its_pieces() {
+    let (space, arena) = space_and_arena();
+    let card = Standin::new(&space, I82576::IDS[0]);
+    let mut opened = Igb::open(card.clone(), &arena, options()).unwrap();
+    Lent(vec![vec![0; 5000]]).send(&mut opened.transmit[0]);
+    let words = [0, 1, 2].map(|at| card.read(IGB_TX_RING, at)[1]);
+    assert_eq!(words.map(|w| (w & 0xffff, w >> 46)), [(2048, 5000), (2048, 5000), (904, 5000)]);
+    assert_eq!(words.map(|w| w >> 20 & 0xf), [3; 3], "advanced data descriptors");
+    assert_eq!(card.register(IGB_TX_RING + 0x18), 3);
 }
 
 #[test]
@@ -160,7 +192,7 @@ fn a_device_is_stopped_before_its_memory_is_unmapped_whatever_is_dropped_first()
 #[test]
 fn what_cannot_be_driven_is_refused_with_the_reason() {
     let (space, arena) = space_and_arena();
-    let card = Standin::new(&space);
+    let card = Standin::new(&space, I82574::IDS[0]);
     let open = |card: &Arc<Standin>, arena, options| {
         E1000e::open(card.clone(), arena, options).err().unwrap().to_string()
     };

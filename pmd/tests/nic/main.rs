@@ -6,3 +6,4 @@
 
 mod adapters;
 mod frames;
+mod queues;

@@ -224,9 +224,15 @@ impl PortReader<'_, '_> {
         }
         let replay = keys.replay.take().map(|file| {
             let path = self.run_dir.join(&file.get_ref().0);
-            if let Err(why) = self.surroundings.reads(&path) {
+            if let Some((other, line)) = self.seen.records.get(&path) {
+                let message =
+                    format!("port `{other}` on line {line} empties {} and writes it", path.display());
+                self.problems.add(file.span(), format!("{place}`replay`: {message}: replay a copy"));
+            } else if let Err(why) = self.surroundings.reads(&path) {
                 self.problems.add(file.span(), format!("{place}`replay`: {why}"));
             }
+            let line = self.problems.line(&file.span());
+            self.seen.replays.entry(path.clone()).or_insert((name.to_owned(), line));
             path
         });
         let record = keys.record.take().map(|file| {
@@ -238,6 +244,9 @@ impl PortReader<'_, '_> {
             } else if replay.as_ref() == Some(&path) {
                 self.problems
                     .add(span.clone(), format!("{place}`record`: this would empty the file to replay"));
+            } else if let Some((other, line)) = self.seen.replays.get(&path) {
+                let message = format!("this would empty the file that port `{other}` replays (line {line})");
+                self.problems.add(span.clone(), format!("{place}`record`: {message}"));
             } else if let Err(why) = self.surroundings.writes(&path) {
                 self.problems.add(span.clone(), format!("{place}`record`: {why}"));
             }

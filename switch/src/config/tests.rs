@@ -313,6 +313,14 @@ fn each_kind_of_port_has_keys_of_its_own() {
             "`record`: /run/cableway/f is written by port `a` on line 6 already",
         ),
         (
+            "kind = 'pcap'\nreplay = 'f'\n[[port]]\nname = 'b'\nkind = 'pcap'\nrecord = './f'",
+            "test.toml:10:10: port `b`: `record`: this would empty the file that port `a` replays (line 6)",
+        ),
+        (
+            "kind = 'pcap'\nrecord = 'f'\n[[port]]\nname = 'b'\nkind = 'pcap'\nreplay = 'f'",
+            "test.toml:10:10: port `b`: `replay`: port `a` on line 6 empties /run/cableway/f and writes it: replay a copy",
+        ),
+        (
             "kind = 'null'\nqueue_pairs = 2",
             "with `kind = \"vhost-user\"` or `kind = \"tap\"`, not with \"null\"",
         ),

@@ -133,6 +133,7 @@ pub(super) struct Seen {
     names: HashMap<String, usize>,
     pub(super) sockets: HashMap<PathBuf, (String, usize)>,
     pub(super) records: HashMap<PathBuf, (String, usize)>,
+    pub(super) replays: HashMap<PathBuf, (String, usize)>,
     pub(super) devices: HashMap<String, (String, usize)>,
     addresses: HashMap<StaticAddress, (String, usize)>,
 }

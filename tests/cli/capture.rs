@@ -103,9 +103,26 @@ fn a_capture_whose_client_was_killed_ends_by_itself() {
     client.kill().unwrap();
     client.wait().unwrap();
     std::thread::sleep(Duration::from_millis(6_000));
+    assert_eq!(status(&place, "GET /v1/captures/1"), "404");
+}
+
+#[test]
+fn a_capture_ends_with_its_port_and_never_shows_the_port_that_gets_its_number() {
+    let (place, _running) = replaying();
+    assert_eq!(status(&place, "POST /v1/captures?port=to"), "200");
+    assert_eq!(status(&place, "GET /v1/captures/1"), "200");
+    let keys = "replay = \"in.pcap\"\nrate = 2000\nrepeat = true";
+    place.write(&(files("from", keys) + "[[port]]\nname = \"other\"\nkind = \"null\"\n"));
+    assert!(place.ask(&["reload"]).status.success());
+    assert_eq!(status(&place, "GET /v1/captures/1"), "404");
+}
+
+/// Asks the control socket, and returns the status of the answer.
+fn status(place: &Place, request: &str) -> String {
     let mut stream = UnixStream::connect(place.run_dir().join("switch.sock")).unwrap();
-    stream.write_all(b"GET /v1/captures/1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    write!(stream, "{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)).unwrap_or(&answer).to_owned()
 }

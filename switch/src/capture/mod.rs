@@ -66,8 +66,9 @@ impl Room {
 pub struct Capture {
     /// Its number.
     pub(crate) id: u64,
-    name: String,
-    port: u16,
+    /// Name and number of its port.
+    pub(crate) name: String,
+    pub(crate) port: u16,
     longest: u32,
     filter: Filter,
     room: Claimed<Room>,

@@ -149,7 +149,7 @@ struct CaptureQuery {
     filter: Option<String>,
 }
 
-/// Begins a capture, which ends when nothing is fetched for 5 s.
+/// Begins a capture, which ends with its port, and when nothing is fetched for 5 s.
 #[utoipa::path(post, path = "/v1/captures", params(CaptureQuery),
     responses((status = 200, body = CaptureReport), (status = 400, description = "A filter that is not understood", body = Failure),
         (status = 409, description = "No such port, or too many captures", body = Failure)))]
@@ -167,7 +167,7 @@ async fn capture(State(answers): State<Answers>, Query(query): Query<CaptureQuer
 fn no_capture(id: u64) -> Response {
     failure(
         StatusCode::NOT_FOUND,
-        format!("there is no capture {id}; it ends when nothing is fetched for 5 s"),
+        format!("there is no capture {id}; it ends with its port, and when nothing is fetched for 5 s"),
     )
 }
 

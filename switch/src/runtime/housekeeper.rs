@@ -131,18 +131,28 @@ impl Housekeeper {
 
     /// A guest broke a ring: its port stops, with the reason where a user sees it. Nobody else notices.
     fn broken(&mut self, number: u16, queue: u16, reason: &str) {
+        if !self.is_broken(number) {
+            return;
+        }
         let ring = if queue % 2 == 1 { "tx" } else { "rx" };
         self.stop_port(number, &format!("{ring} ring {}: {reason}", queue / 2));
     }
 
     /// A device failed: its port stops until it can be opened again.
     fn device_gone(&mut self, number: u16, reason: &str) {
-        let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
+        let port = self.ports.iter().find(|p| p.port.number() == number);
+        let Some(port) = port.filter(|_| self.is_broken(number)) else { return };
         let text = match &port.config.behind {
             Behind::Pcap(_) => format!("recording ended ({reason}); to go on, take the port out and reload"),
             other => format!("interface {} is gone or down ({reason})", other.device().unwrap_or_default()),
         };
         self.stop_port(number, &text);
+    }
+
+    /// Whether what was told of this port is still true: it may have been started anew since, or its number be another port's.
+    fn is_broken(&self, number: u16) -> bool {
+        let port = self.ports.iter().find(|p| p.port.number() == number);
+        port.is_some_and(|p| p.port.shared().broken.load(Ordering::Acquire))
     }
 
     /// Opens devices that are there again.
@@ -296,6 +306,11 @@ impl Housekeeper {
             }
         }
         let bridge = ports::bridge(&self.config, &self.ports, self.shared.fdb.clone())?;
+        // The number of a port that is gone may be another's by now, whose frames nobody asked for.
+        let runs = |number: u16, name: &str| {
+            self.ports.iter().any(|p| p.port.number() == number && p.config.name == name)
+        };
+        self.shared.change_captures(|captures| captures.retain(|c| runs(c.port, &c.name)));
         let ports =
             self.ports.iter().map(|p| PortView { config: p.config.clone(), port: p.port.clone() }).collect();
         self.shared.view.store(Arc::new(View { config: self.config.clone(), ports }));

@@ -54,19 +54,24 @@ impl DevicePort {
             name: config.behind.device().unwrap_or_default().to_owned(),
             what: "watching it",
             source,
-            remedy: "",
+            remedy: "; give the switch more descriptors (ulimit -n)",
         };
-        for ((source, sink), (rx, tx)) in queues.into_iter().zip(self.rx.iter().zip(&self.tx)) {
+        let watched = |(source, sink): (Sources, Sinks)| {
             let live = !matches!(source, Sources::Null(_));
+            Ok((live, Receiving::new(source)?, sink))
+        };
+        // All of them, or none.
+        let queues: Vec<_> = queues.into_iter().map(watched).collect::<Result<_, _>>().map_err(refused)?;
+        let shared = &self.shared;
+        // Before a worker can find the device gone again.
+        shared.broken.store(false, Ordering::Release);
+        for ((live, receiving, sink), (rx, tx)) in queues.into_iter().zip(self.rx.iter().zip(&self.tx)) {
             let mut state = rx.state.take();
-            state.ring = Some(Receiving::new(source).map_err(refused)?);
-            state.likely = u16::MAX;
+            (state.ring, state.likely) = (Some(receiving), u16::MAX);
             drop(state);
             rx.live.store(live, Ordering::Release);
             *tx.ring.take() = Some(Sending::new(sink, features));
         }
-        let shared = &self.shared;
-        shared.broken.store(false, Ordering::Release);
         shared.active.store(self.tx.len() as u16, Ordering::Release);
         shared.change_info(|info| info.features = features);
         shared.set_state(PortState::Up);

@@ -105,6 +105,11 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         let mac = card.mac.map(|byte| format!("{byte:02x}")).join(":");
         writeln!(text, "  {how} {}{wait}: network card {} ({mac})", card.socket.display(), card.name)?;
     }
+    for (disk, size) in config.disk.iter().zip(preflight.disk_sizes()) {
+        let how = if disk.read_only { "read" } else { "read and write" };
+        let (path, size) = (disk.path.display(), output::bytes(size));
+        writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s)", disk.name, disk.queues)?;
+    }
     writeln!(text, "  connect the serial console to {}", config.serial)?;
     let reboot = match config.on_reboot {
         OnReboot::Restart => "start again",

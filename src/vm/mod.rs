@@ -50,14 +50,18 @@ macro_rules! keys {
             /// A network card, as often as there are cards: vhost-user,socket=PATH, and mac, mode, queue_size, mtu, packed, wait.
             #[arg(long, value_name = "CARD", help_heading = "Instead of a FILE")]
             net: Vec<String>,
+            /// A disk, as often as there are disks: raw,path=FILE, and read_only, serial, discard, queues, queue_size.
+            #[arg(long, value_name = "DISK", help_heading = "Instead of a FILE")]
+            disk: Vec<String>,
         }
 
         impl Keys {
             /// Keys with the values that were given.
             fn given(self) -> Vec<(&'static str, String)> {
                 let cards = self.net.into_iter().map(|card| ("net", card));
+                let disks = self.disk.into_iter().map(|disk| ("disk", disk));
                 let keys = [$((stringify!($key), self.$key),)+];
-                keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(cards).collect()
+                keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(cards).chain(disks).collect()
             }
         }
     };

@@ -36,6 +36,11 @@ fn every_mistake_of_a_machine_is_one_message_with_the_fix_and_starts_nothing() {
         (&["--kernel", &kernel, "--node", "1000"], "there is no memory node 1000"),
         (&["--kernel", &kernel, "--pages", "1G", "--memory", "8 TiB"], "8192 huge pages of 1024 MiB"),
         (&["--kernel", &kernel, "--memory", "8 TiB"], "8388608 MiB of memory"),
+        (
+            &["--kernel", &kernel, "--disk", "qcow2,path=a"],
+            "`format`: \"qcow2\" is unknown; there is only `raw`",
+        ),
+        (&["--kernel", &kernel, "--disk", "raw,path=/nonexistent"], "/nonexistent: No such file"),
     ] {
         for check in [&["--check"][..], &[]] {
             let (status, printed, said) = vm(&[arguments, check].concat());
@@ -56,8 +61,11 @@ fn a_check_says_what_would_be_done() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("fw.toml");
     kernel(dir.path());
-    let keys = "[vm]\nkernel = 'vmlinuz'\nmemory = '64 MiB'\nvcpus = 2\ntopology = { threads = 2 }\nserial = 'off'\n";
+    let keys =
+        "[vm]\nkernel = 'vmlinuz'\nmemory = '64 MiB'\nvcpus = 2\ntopology = { threads = 2 }\nserial = 'off'
+        [[vm.disk]]\nformat = 'raw'\npath = 'disk.raw'\nqueues = 2\nread_only = true\n";
     std::fs::write(&file, keys).unwrap();
+    std::fs::write(dir.path().join("disk.raw"), [0; 2048]).unwrap();
     let (status, printed, said) = vm(&[file.to_str().unwrap(), "--check"]);
     assert_eq!((status, said.as_str()), (Some(0), ""));
     for line in [
@@ -65,6 +73,7 @@ fn a_check_says_what_would_be_done() {
         "(a bzImage, by its 64-bit entry)",
         "take 64 MiB of memory in 4 KiB pages",
         "run 2 vCPU(s): 1 socket(s) of 1 core(s) of 2 thread(s)",
+        "disk.raw (2 KiB): disk disk0, 2 queue(s)",
         "connect the serial console to nowhere",
     ] {
         assert!(printed.contains(line), "{line}: {printed}");

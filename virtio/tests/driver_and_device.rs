@@ -367,7 +367,7 @@ impl World {
                         pending = 0;
                     }
                 }
-                Direction::Write => {
+                Direction::Write | Direction::Both => {
                     let written = total * share / 100;
                     let mut j = 0;
                     for (ptr, len) in pieces {

@@ -5,9 +5,11 @@
 
 pub mod acpi;
 pub mod boot;
+mod buffers;
 pub mod config;
 mod console;
 mod device;
+mod disk;
 mod interrupts;
 mod layout;
 pub mod machine;
@@ -17,5 +19,6 @@ mod pci;
 pub mod preflight;
 mod vcpu;
 mod virtio_pci;
+mod worker;
 
 pub use vcpu::exits::{ExitCounters, ExitReason};

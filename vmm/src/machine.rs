@@ -20,6 +20,8 @@ use crate::config::{Config, SerialTo};
 use crate::console::Console;
 use crate::device::Devices;
 use crate::device::serial::SerialPort;
+use crate::disk::image::Image;
+use crate::disk::{Disk, DiskError};
 use crate::interrupts::Interrupts;
 use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::net::{Net, NetError};
@@ -28,7 +30,7 @@ use crate::preflight::{Preflight, PreflightError, bit};
 use crate::vcpu::cpuid::{Choices, Model};
 use crate::vcpu::exits::{ExitCounters, ExitReason};
 use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
-use crate::virtio_pci::{BAR_SIZE, VirtioPci};
+use crate::virtio_pci::{BAR_SIZE, VirtioDevice, VirtioPci};
 use crate::{acpi, layout};
 
 /// Why a machine did not start.
@@ -54,9 +56,15 @@ pub enum StartError {
     /// A network card.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The serial console cannot be opened.
     #[error(transparent)]
     Console(std::io::Error),
+    /// No more eventfds or interrupts.
+    #[error("cannot make a PCI function: {0}")]
+    Device(std::io::Error),
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -189,7 +197,7 @@ impl Machine {
         };
         let button = line(layout::EVENT_IRQ)?;
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus = bus(config, &vm, &memory)?;
+        let bus = bus(config, &preflight.disks, &vm, &memory)?;
         let (mut console, port) = match Console::open(&config.serial).map_err(StartError::Console)? {
             Some((console, output)) => {
                 let port = SerialPort::new(line(layout::SERIAL_IRQ)?, output);
@@ -318,15 +326,26 @@ pub fn become_emulator(config: &Config) -> Result<(), StartError> {
 }
 
 /// The PCI bus with all functions, their BARs side by side from the start of the window.
-fn bus(config: &Config, vm: &Arc<VmFd>, memory: &Arc<GuestMemory>) -> Result<PciBus, StartError> {
+fn bus(
+    config: &Config,
+    disks: &[Arc<Image>],
+    vm: &Arc<VmFd>,
+    memory: &Arc<GuestMemory>,
+) -> Result<PciBus, StartError> {
     let interrupts = Arc::new(Interrupts::new(vm.clone()));
+    let for_rings = memory.for_rings().map_err(GuestMemoryError::from)?;
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for card in &config.net {
+        devices.push(Box::new(Net::new(card, memory.clone())?));
+    }
+    for (disk, image) in config.disk.iter().zip(disks) {
+        devices.push(Box::new(Disk::new(disk, image.clone(), &for_rings)?));
+    }
     let mut bus = PciBus::new();
-    for (n, card) in (0..).zip(&config.net) {
-        let net = Box::new(Net::new(card, memory.clone())?);
+    for (n, device) in (0..).zip(devices) {
         let bar = layout::PCI_WINDOW_32.start as u32 + n * BAR_SIZE;
-        let function =
-            VirtioPci::new(net, bar, memory.clone(), interrupts.clone()).map_err(NetError::from)?;
-        bus.add(Arc::new(function));
+        let function = VirtioPci::new(device, bar, memory.clone(), interrupts.clone());
+        bus.add(Arc::new(function.map_err(StartError::Device)?));
     }
     Ok(bus)
 }

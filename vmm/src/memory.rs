@@ -5,10 +5,12 @@
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use host::memory::{MemoryError, Pages, SharedMemory};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use virtio::memory::{Region, RegionError};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -31,6 +33,9 @@ pub enum GuestMemoryError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
+    /// Our own rings do not take it.
+    #[error("the guest's memory: {0}")]
+    Regions(#[from] RegionError),
     /// Something is to be put where there is no memory.
     #[error("{what}: {len} bytes at {address:#x} are not in the guest's {} MiB of memory; give it more `memory`", .memory >> 20)]
     Outside {
@@ -137,6 +142,22 @@ impl GuestMemory {
         let end = address.checked_add(len)?;
         let region = self.regions.iter().find(|r| r.guest.contains(&address) && end <= r.guest.end)?;
         Some(region.host + (address - region.guest.start))
+    }
+
+    /// The memory as our own rings want to see it.
+    ///
+    /// # Errors
+    /// Never: its regions do not overlap.
+    pub fn for_rings(self: &Arc<Self>) -> Result<Arc<virtio::memory::GuestMemory>, RegionError> {
+        let region = |region: &MemoryRegion| Region {
+            guest: region.guest.start,
+            user: region.host,
+            size: region.guest.end - region.guest.start,
+            host: region.host as *mut u8,
+        };
+        let regions = self.regions.iter().map(region).collect();
+        // SAFETY: the ranges stay mapped as long as `self` lives, which goes along; nobody makes references to them.
+        Ok(Arc::new(unsafe { virtio::memory::GuestMemory::new(regions, Box::new(self.clone())) }?))
     }
 
     /// All of it, to share.

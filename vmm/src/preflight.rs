@@ -4,6 +4,7 @@
 //! never starts anything, so that `--check` and a start ask the same questions.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use host::memory::{MemoryError, Pages};
 use host::topology::{self, CoreSet};
@@ -11,6 +12,8 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::boot::{BootError, Initramfs, Kernel};
 use crate::config::{Config, DisabledExit, PageSize};
+use crate::disk::DiskError;
+use crate::disk::image::{Image, SECTOR};
 
 /// Where KVM is.
 const DEVICE: &str = "/dev/kvm";
@@ -79,6 +82,9 @@ pub enum PreflightError {
     /// The kernel or initramfs.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }
 
 /// What was opened on the way.
@@ -86,6 +92,7 @@ pub struct Preflight {
     pub(crate) kvm: Kvm,
     pub(crate) kernel: Kernel,
     pub(crate) initramfs: Option<Initramfs>,
+    pub(crate) disks: Vec<Arc<Image>>,
     refused: Vec<DisabledExit>,
 }
 
@@ -107,6 +114,8 @@ impl Preflight {
     pub fn again(config: &Config) -> Result<Self, PreflightError> {
         let kernel = Kernel::open(&config.kernel)?;
         let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
+        let disks =
+            config.disk.iter().map(|disk| Image::open(disk).map(Arc::new)).collect::<Result<_, _>>()?;
         memory(config)?;
         let kvm = open_kvm()?;
         let (wanted, most) = (config.topology.vcpus(), kvm.get_max_vcpus());
@@ -115,12 +124,17 @@ impl Preflight {
         }
         let granted = grantable_exits(&kvm);
         let refused = config.disable_exits.iter().copied().filter(|exit| granted & bit(*exit) == 0).collect();
-        Ok(Self { kvm, kernel, initramfs, refused })
+        Ok(Self { kvm, kernel, initramfs, disks, refused })
     }
 
     /// Exits that were to be disabled and that this kernel does not let go.
     pub fn refused_exits(&self) -> &[DisabledExit] {
         &self.refused
+    }
+
+    /// Bytes of each disk.
+    pub fn disk_sizes(&self) -> impl Iterator<Item = u64> {
+        self.disks.iter().map(|disk| disk.sectors() * SECTOR)
     }
 
     /// What the kernel is.

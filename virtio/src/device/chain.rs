@@ -62,6 +62,8 @@ pub struct Stock {
     arena: Box<[Buffer]>,
     arena_tail: u32,
     arena_free: u32,
+    /// Beside `chains`: how many buffers of a chain that was walked are there to be read.
+    readable: Box<[u16]>,
 }
 
 // SAFETY: the pointers are into guest memory that the ring's `RingSetup::memory` keeps mapped, whichever thread runs it.
@@ -78,6 +80,7 @@ impl Stock {
             arena: vec![Buffer { ptr: std::ptr::null_mut(), len: 0 }; ARENA as usize].into(),
             arena_tail: 0,
             arena_free: ARENA,
+            readable: vec![0; capacity].into(),
         }
     }
 
@@ -106,6 +109,18 @@ impl Stock {
     pub fn more(&self, chain: &Chain) -> &[Buffer] {
         let at = chain.more_at as usize;
         self.arena.get(at..at + usize::from(chain.more)).unwrap_or_default()
+    }
+
+    /// The buffers of the `i`-th chain waiting on a ring of [`Direction::Both`]: those to be read, then those to be written.
+    pub fn request(&self, i: usize) -> (impl Iterator<Item = Buffer>, impl Iterator<Item = Buffer>) {
+        let waiting = i < self.len();
+        let chain = if waiting { *self.get(i) } else { Chain::NONE };
+        let slot = self.head.wrapping_add(i as u32) & self.mask;
+        let readable = self.readable.get(slot as usize).map_or(0, |n| usize::from(*n));
+        let first = (chain.total > 0).then_some(Buffer { ptr: chain.ptr, len: chain.len });
+        let more = if waiting { self.more(self.get(i)) } else { &[] };
+        let all = first.into_iter().chain(more.iter().copied());
+        (all.clone().take(readable), all.skip(readable))
     }
 
     /// How many more chains of one buffer fit.
@@ -157,7 +172,8 @@ impl Stock {
             return None;
         }
         let at = if self.arena_tail + MAX_CHAIN as u32 > ARENA { 0 } else { self.arena_tail };
-        Some(Builder { at, chain: Chain { more_at: at, ..Chain::NONE }, unusable: false })
+        let chain = Chain { more_at: at, ..Chain::NONE };
+        Some(Builder { at, chain, readable: 0, writing: false, unusable: false })
     }
 
     /// Appends a buffer. Empty ones are skipped.
@@ -192,6 +208,9 @@ impl Stock {
             self.arena_free -= (end + ARENA - self.arena_tail) % ARENA;
             self.arena_tail = end % ARENA;
         }
+        if let Some(readable) = self.readable.get_mut((self.tail & self.mask) as usize) {
+            *readable = if b.unusable { 0 } else { b.readable };
+        }
         self.push(chain);
     }
 }
@@ -223,6 +242,10 @@ impl Extend<'_> {
 pub(super) struct Builder {
     at: u32,
     chain: Chain,
+    /// Buffers to be read, those that are empty left out.
+    readable: u16,
+    /// A buffer to be written was met: none to be read may follow.
+    writing: bool,
     unusable: bool,
 }
 
@@ -244,9 +267,14 @@ impl Walk<'_> {
         flags: u16,
     ) -> Result<(), RingError> {
         let writable = flags & DESC_WRITE != 0;
-        if writable != (self.direction == Direction::Write) {
-            b.unusable = true;
-        }
+        b.writing |= writable;
+        let wrong = match self.direction {
+            Direction::Read => writable,
+            Direction::Write => !writable,
+            Direction::Both => !writable && b.writing,
+        };
+        b.unusable |= wrong;
+        b.readable += u16::from(!writable && d.len > 0 && !b.unusable);
         let Some(ptr) = self.memory.translate(self.hot, d.address, d.len) else {
             return Err(RingError::Address { index: head, address: d.address, len: d.len });
         };

@@ -135,7 +135,7 @@ impl PackedRing {
             driver,
             device,
             size,
-            plain: if setup.direction == Direction::Write { DESC_WRITE } else { 0 },
+            plain: setup.direction.plain(),
             in_order: setup.features & features::IN_ORDER != 0,
             next: position,
             used: position,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::memory::split::DESC_WRITE;
 use crate::memory::{DirtyLog, GuestMemory, HostRange};
 
 /// Memory layout of a ring.
@@ -20,6 +21,20 @@ pub enum Direction {
     Read,
     /// Writes them: the guest receives.
     Write,
+    /// Reads the first buffers of a chain and writes the others (section 2.6.4.2): requests and their answers.
+    Both,
+}
+
+impl Direction {
+    /// Flags of a chain of one buffer that needs no walk. A request and its answer always do: no descriptor has all flags
+    /// among those that this is compared with.
+    pub(super) fn plain(self) -> u16 {
+        match self {
+            Direction::Read => 0,
+            Direction::Write => DESC_WRITE,
+            Direction::Both => u16::MAX,
+        }
+    }
 }
 
 /// A packed ring's part of the inflight region (vhost-user, "Inflight I/O tracking"), which outlives a crash of the

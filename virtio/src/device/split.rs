@@ -71,7 +71,7 @@ impl SplitRing {
             used,
             size,
             mask: size - 1,
-            plain: if setup.direction == Direction::Write { DESC_WRITE } else { 0 },
+            plain: setup.direction.plain(),
             in_order: setup.features & features::IN_ORDER != 0,
             event_idx: setup.features & features::RING_EVENT_IDX != 0,
             follows: false,

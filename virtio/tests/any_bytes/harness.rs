@@ -122,7 +122,11 @@ impl Kind {
     fn from(input: &mut Input<'_>) -> Self {
         let bits = input.byte();
         let layout = if bits & 1 == 0 { Layout::Split } else { Layout::Packed };
-        let direction = if bits & 2 == 0 { Direction::Read } else { Direction::Write };
+        let direction = match bits & (2 | 16) {
+            0 => Direction::Read,
+            2 => Direction::Write,
+            _ => Direction::Both,
+        };
         let size = match layout {
             Layout::Split => 1 << (input.byte() % 7),
             Layout::Packed => u16::from(input.byte() % 64) + 1,
@@ -152,7 +156,11 @@ impl Kind {
     /// Writes a descriptor with any address, length and links, and makes it available.
     fn make_available(&self, memory: &Memory, input: &mut Input<'_>, cursor: &mut Cursor) {
         let sizes = AreaSizes::of(self.layout, self.size);
-        let right = if self.direction == Direction::Write { 2 } else { 0 };
+        let right = match self.direction {
+            Direction::Read => 0,
+            Direction::Write => 2,
+            Direction::Both => u16::from(input.byte()) & 2,
+        };
         // Usually of the right direction; sometimes chained, indirect, or anything.
         let kind = input.byte();
         let flags = match kind % 8 {
@@ -276,11 +284,16 @@ pub(crate) fn device(bytes: &[u8]) {
                     let sum = more.iter().fold(u64::from(chain.len), |sum, b| sum + u64::from(b.len));
                     assert_eq!(sum, u64::from(chain.total));
                 }
+                if direction == Direction::Both {
+                    let (read, written) = r.stock().request(i);
+                    let both = read.chain(written).fold(0, |sum, b| sum + u64::from(b.len));
+                    assert_eq!(both, u64::from(chain.total));
+                }
             }
             let some = usize::from(input.byte()) % (n + 1);
             match direction {
                 Direction::Read => r.use_read(some),
-                Direction::Write => (0..some).for_each(|_| r.use_written(1)),
+                Direction::Write | Direction::Both => (0..some).for_each(|_| r.use_written(1)),
             }
             r.publish();
             r.prefetch_ahead(u16::from(input.byte() % 64).min(size));
@@ -305,7 +318,8 @@ pub(crate) fn driver(bytes: &[u8]) {
     let ring = unsafe {
         DriverRing::new(DriverSetup {
             layout: kind.layout,
-            direction: kind.direction,
+            // A driver's ring is of one direction.
+            direction: if kind.direction == Direction::Write { Direction::Write } else { Direction::Read },
             size: kind.size,
             features: kind.features,
             descriptors,

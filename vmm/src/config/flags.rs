@@ -18,8 +18,8 @@ const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
 /// Keys with named values: `sockets=1,cores=2`.
 const TABLES: &[&str] = &["topology"];
 
-/// Keys that may be given again and again: a list of tables, whose first part is the `kind`.
-const CARDS: &[&str] = &["net"];
+/// Keys that may be given again and again: lists of tables, and the key that their first part is the value of.
+const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format")];
 
 /// Reads `flags`: keys of `[vm]` with their values.
 pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
@@ -28,23 +28,23 @@ pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
         Some((name, value)) => format!("{} = {}", quoted(name.trim()), plain(value)),
         None => format!("{} = \"\"", quoted(part.trim())),
     };
-    for key in CARDS {
+    for (key, first) in LISTED {
         let of_key = flags.iter().filter(|(name, _)| name == key);
         let tables: Vec<_> = of_key
             .map(|(_, value)| {
                 let mut parts = value.split(',').filter(|part| !part.trim().is_empty());
-                let kind = parts.next().map(|kind| match kind.contains('=') {
-                    true => pair(kind),
-                    false => format!("kind = {}", quoted(kind.trim())),
+                let begin = parts.next().map(|part| match part.contains('=') {
+                    true => pair(part),
+                    false => format!("{first} = {}", quoted(part.trim())),
                 });
-                format!("{{ {} }}", kind.into_iter().chain(parts.map(pair)).collect::<Vec<_>>().join(", "))
+                format!("{{ {} }}", begin.into_iter().chain(parts.map(pair)).collect::<Vec<_>>().join(", "))
             })
             .collect();
         if !tables.is_empty() {
             let _ = writeln!(text, "{key} = [{}]", tables.join(", "));
         }
     }
-    for (key, value) in flags.iter().filter(|(key, _)| !CARDS.contains(key)) {
+    for (key, value) in flags.iter().filter(|(key, _)| LISTED.iter().all(|(listed, _)| listed != key)) {
         let parts = || value.split(',').filter(|part| !part.trim().is_empty());
         let value = if TEXTS.contains(key) {
             quoted(value)

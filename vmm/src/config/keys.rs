@@ -6,9 +6,22 @@ use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, Socke
 use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
-use super::values::{CommandLine, DisabledExit, FileName, NetKind, NetMode, OnReboot, PageSize, SerialName};
+use super::values::{
+    CommandLine, DisabledExit, DiskFormat, FileName, NetKind, NetMode, OnReboot, PageSize, Serial, SerialName,
+};
 
-plain!(CommandLine, DisabledExit, FileName, NetKind, NetMode, OnReboot, PageSize, SerialName);
+plain!(
+    CommandLine,
+    DisabledExit,
+    DiskFormat,
+    FileName,
+    NetKind,
+    NetMode,
+    OnReboot,
+    PageSize,
+    Serial,
+    SerialName
+);
 
 /// Some vCPUs, or parts of their topology.
 pub(super) type VcpuCount = Bounded<1, { MAX_VCPUS as i64 }>;
@@ -52,6 +65,8 @@ keys! {
         pmu: bool,
         /// Network cards.
         net: Vec<Spanned<NetKeys>>,
+        /// Disks.
+        disk: Vec<Spanned<DiskKeys>>,
         /// Where the serial console goes.
         serial: SerialName,
         /// What a reset by the guest does.
@@ -97,10 +112,34 @@ keys! {
     }
 }
 
-nested!(NetKeys, TopologyKeys);
+keys! {
+    /// One of `disk`: `[[vm.disk]]`.
+    DiskKeys in "`disk`" {
+        /// What its image is.
+        format: DiskFormat,
+        /// What it is called in logs.
+        name: Name,
+        /// The image, or a block device.
+        path: FileName,
+        /// Whether the guest may only read it.
+        read_only: bool,
+        /// What the guest sees as its serial number.
+        serial: Serial,
+        /// Whether the guest may give back what it does not need any more.
+        discard: bool,
+        /// How many queues, each with a thread.
+        queues: Bounded<1, 64>,
+        /// Entries of each queue.
+        queue_size: Bounded<16, 1_024>,
+    }
+}
+
+nested!(DiskKeys, NetKeys, TopologyKeys);
 
 /// All keys of the vocabulary: (table, key). Documentation and the flags are checked against it.
 pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
     let of = |table: &'static str, keys: &'static [&'static str]| keys.iter().map(move |key| (table, *key));
-    of("vm", VmKeys::KEYS).chain(of("topology", TopologyKeys::KEYS)).chain(of("net", NetKeys::KEYS)).collect()
+    let parts =
+        of("topology", TopologyKeys::KEYS).chain(of("net", NetKeys::KEYS)).chain(of("disk", DiskKeys::KEYS));
+    of("vm", VmKeys::KEYS).chain(parts).collect()
 }

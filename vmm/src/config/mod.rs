@@ -15,7 +15,7 @@ use std::time::Duration;
 
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
-pub use values::{DisabledExit, NetKind, NetMode, OnReboot, PageSize, SerialTo};
+pub use values::{DisabledExit, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
 pub const MAX_VCPUS: u32 = 254;
@@ -57,6 +57,8 @@ pub struct Config {
     pub pmu: bool,
     /// Network cards, in the order in which the guest finds them.
     pub net: Vec<NetConfig>,
+    /// Disks, in the order in which the guest finds them, behind the cards.
+    pub disk: Vec<DiskConfig>,
     /// Where the serial console goes.
     pub serial: SerialTo,
     /// What a reset by the guest does.
@@ -84,6 +86,25 @@ pub struct NetConfig {
     pub packed: bool,
     /// Whether the guest starts only when the back end is there.
     pub wait: bool,
+}
+
+/// One of `disk`: a raw image or a block device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// In logs.
+    pub name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+    /// What the guest sees as its serial number, up to 20 bytes.
+    pub serial: String,
+    /// Whether the guest may give back what it does not need any more.
+    pub discard: bool,
+    /// Queues, each with a thread.
+    pub queues: u16,
+    /// Entries of each queue: a power of two.
+    pub queue_size: u16,
 }
 
 /// Sockets of cores of threads.

@@ -140,6 +140,26 @@ fn any_flag_gives_a_configuration_or_problems_and_never_a_panic() {
 }
 
 #[test]
+fn disks_are_tables_or_flags_with_a_format_and_a_path() {
+    let config = parse("kernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = 'd'\n[[vm.disk]]\nformat = 'raw'\npath = '/e'\nread_only = true").unwrap();
+    let [first, second] = config.disk.as_slice() else { panic!("{:?}", config.disk) };
+    assert_eq!((first.name.as_str(), first.path.as_path()), ("disk0", Path::new("machines/d")));
+    assert!(!first.read_only && first.discard && first.queues == 1 && second.read_only);
+    let disk = "raw,path=/a,queues=4,serial=x y,discard=off";
+    let config = Config::from_flags(&[("kernel", "k".to_owned()), ("disk", disk.to_owned())]).unwrap();
+    let [disk] = config.disk.as_slice() else { panic!("{:?}", config.disk) };
+    assert_eq!((disk.queues, disk.serial.as_str(), disk.discard), (4, "x y", false));
+    assert!(problem("disk = [{ path = 'x' }]").2.contains("needs `format`"));
+    assert!(problem("disk = [{ format = 'raw' }]").2.contains("needs `path`"));
+    assert!(
+        problem("disk = [{ format = 'raw', path = 'x', serial = '012345678901234567890' }]").2.contains("20")
+    );
+    assert!(
+        problem("disk = [{ format = 'raw', path = 'x', queue_size = 48 }]").2.contains("no power of two")
+    );
+}
+
+#[test]
 fn the_documentation_has_every_key() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let text = std::fs::read_to_string(root.join("docs/vm.md")).unwrap();

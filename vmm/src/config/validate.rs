@@ -7,9 +7,9 @@ use std::time::Duration;
 use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
-use super::keys::{NetKeys, TopologyKeys, VmKeys};
+use super::keys::{DiskKeys, NetKeys, TopologyKeys, VmKeys};
 use super::values::{NetMode, OnReboot, PageSize, SerialTo};
-use super::{Config, MAX_VCPUS, NetConfig, Topology};
+use super::{Config, DiskConfig, MAX_VCPUS, NetConfig, Topology};
 
 const CMDLINE: &str = "console=ttyS0";
 const MEMORY: u64 = 512 << 20;
@@ -17,7 +17,7 @@ const MEMORY_LEAST: u64 = 2 << 20;
 const MEMORY_MOST: u64 = 16 << 40;
 const QUEUE_SIZE: u16 = 256;
 /// Devices of a PCI bus, without the host bridge.
-const MAX_CARDS: usize = 31;
+const MAX_DEVICES: usize = 31;
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Validates a whole document. `None` when something essential was wrong.
@@ -91,8 +91,16 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
             net.push(config);
         }
     }
-    if net.len() > MAX_CARDS {
-        problems.add_general(format!("`net`: {} cards, a machine has at most {MAX_CARDS}", net.len()));
+    let mut disk: Vec<DiskConfig> = Vec::new();
+    for keys in keys.disk.into_iter().flat_map(Spanned::into_inner) {
+        let span = keys.span();
+        disk.extend(self::disk(keys.into_inner(), &span, disk.len(), problems));
+    }
+    let (cards, disks) = (net.len(), disk.len());
+    if cards + disks > MAX_DEVICES {
+        problems.add_general(format!(
+            "{cards} of `net` and {disks} of `disk`, a machine has at most {MAX_DEVICES} in all"
+        ));
     }
     let directory = file.parent();
     // Paths in a file are relative to it, so that a machine can be started from anywhere.
@@ -114,6 +122,7 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         halt_poll: keys.halt_poll_us.map(|us| Duration::from_micros(us.get_ref().get())),
         hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
         net: net.into_iter().map(|card| NetConfig { socket: resolve(&card.socket), ..card }).collect(),
+        disk: disk.into_iter().map(|disk| DiskConfig { path: resolve(&disk.path), ..disk }).collect(),
         pmu: keys.pmu.is_none_or(Spanned::into_inner),
         serial: match keys.serial.map(|serial| serial.into_inner().0) {
             Some(SerialTo::File(path)) => SerialTo::File(resolve(&path)),
@@ -134,13 +143,7 @@ fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<
     if keys.socket.is_none() {
         keys.wrong.or_missing("socket", at.clone(), "the back end's, as in `socket = \"v0.sock\"`", problems);
     }
-    let queue_size = keys.queue_size.map_or(QUEUE_SIZE, |size| {
-        let number: u16 = size.get_ref().get();
-        if !number.is_power_of_two() {
-            problems.add(size.span(), format!("`queue_size`: {number} is no power of two"));
-        }
-        number
-    });
+    let queue_size = queue_size(keys.queue_size.map(|size| (size.get_ref().get(), size.span())), problems);
     Some(NetConfig {
         name: keys.name.map_or_else(|| format!("net{number}"), |name| name.into_inner().0),
         socket: keys.socket?.into_inner().0.into(),
@@ -152,6 +155,35 @@ fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<
         packed: keys.packed.is_some_and(Spanned::into_inner),
         wait: keys.wait.is_none_or(Spanned::into_inner),
     })
+}
+
+/// One of `disk`.
+fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problems<'_>) -> Option<DiskConfig> {
+    if keys.format.is_none() {
+        keys.wrong.or_missing("format", at.clone(), "`format = \"raw\"`", problems);
+    }
+    if keys.path.is_none() {
+        keys.wrong.or_missing("path", at.clone(), "the image, as in `path = \"disk.raw\"`", problems);
+    }
+    let queue_size = queue_size(keys.queue_size.map(|size| (size.get_ref().get(), size.span())), problems);
+    Some(DiskConfig {
+        name: keys.name.map_or_else(|| format!("disk{number}"), |name| name.into_inner().0),
+        path: keys.path?.into_inner().0,
+        read_only: keys.read_only.is_some_and(Spanned::into_inner),
+        serial: keys.serial.map_or_else(String::new, |serial| serial.into_inner().0),
+        discard: keys.discard.is_none_or(Spanned::into_inner),
+        queues: keys.queues.map_or(1, |queues| queues.get_ref().get()),
+        queue_size,
+    })
+}
+
+/// A queue's entries, as given and where.
+fn queue_size(given: Option<(u16, Range<usize>)>, problems: &mut Problems<'_>) -> u16 {
+    let Some((number, at)) = given else { return QUEUE_SIZE };
+    if !number.is_power_of_two() {
+        problems.add(at, format!("`queue_size`: {number} is no power of two"));
+    }
+    number
 }
 
 /// A machine is called as its file is, or "vm".

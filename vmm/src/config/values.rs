@@ -35,6 +35,12 @@ words! {
         VhostUser = "vhost-user",
     }
 
+    /// What a disk's image is; never guessed: whoever writes its first bytes could choose it.
+    DiskFormat {
+        /// The disk's bytes and nothing else; a block device as well.
+        Raw = "raw",
+    }
+
     /// Which end of the socket we are.
     NetMode {
         /// We connect, again and again, to the back end.
@@ -82,6 +88,12 @@ text! {
             Some(path) if !path.is_empty() => Ok(SerialTo::File(path.into())),
             _ => Err(format!("{text:?}: wanted \"stdio\", \"off\" or \"file:PATH\"")),
         },
+    };
+
+    /// A disk's serial number (virtio 1.3, 5.2.6.1).
+    Serial(String), "up to 20 printable ASCII characters in quotes", |text| {
+        let fits = text.len() <= 20 && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        fits.then(|| text.to_owned()).ok_or_else(|| format!("{text:?}: wanted up to 20 printable ASCII characters"))
     };
 
     /// The path of a file.

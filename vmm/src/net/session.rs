@@ -20,7 +20,7 @@ use vhost_user::frontend::{
 use virtio::features;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::NetError;
+use super::{NetError, QUEUES};
 use crate::config::NetConfig;
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
@@ -214,8 +214,10 @@ impl Session {
         if let (Some((front, _)), Some(running)) = (&mut self.front, &self.running)
             && running.started
         {
-            let queues = 0..running.activation.queues.len() as u16;
-            if let Err(error) = queues.map(|n| front.stop_queue(n)).collect::<Result<Vec<_>, _>>() {
+            let queues = running.activation.queues.iter();
+            if let Err(error) =
+                queues.map(|queue| front.stop_queue(queue.index)).collect::<Result<Vec<_>, _>>()
+            {
                 // Without the connection, the back end lets go as well.
                 tracing::warn!("{}: {error}", self.name);
                 self.front = None;
@@ -289,12 +291,12 @@ fn tell(
         let size = activation.queues.iter().map(|queue| queue.size).max().unwrap_or(1);
         let region = match running.inflight.take() {
             Some(region) => region,
-            None => front.get_inflight(activation.queues.len() as u16, size)?,
+            None => front.get_inflight(QUEUES as u16, size)?,
         };
         front.set_inflight(running.inflight.insert(region))?;
         has_inflight = true;
     }
-    for (index, queue) in (0..).zip(&activation.queues) {
+    for queue in &activation.queues {
         let base = match (packed, running.goes_on) {
             (true, false) => Some(PACKED_START),
             (true, true) if has_inflight => None,
@@ -308,19 +310,19 @@ fn tell(
         };
         let config = QueueConfig {
             size: queue.size,
-            descriptors: queue.descriptors,
-            driver: queue.driver,
-            device: queue.device,
+            descriptors: queue.descriptors.ptr as u64,
+            driver: queue.driver.ptr as u64,
+            device: queue.device.ptr as u64,
             base,
             log: None,
             call: queue.call.as_ref().map(descriptor),
             kick: Some(descriptor(&queue.kick)),
             err: None,
         };
-        front.start_queue(index, &config)?;
+        front.start_queue(queue.index, &config)?;
     }
     if !protocol.is_empty() {
-        (0..activation.queues.len() as u16).try_for_each(|index| front.enable_queue(index, true))?;
+        activation.queues.iter().try_for_each(|queue| front.enable_queue(queue.index, true))?;
     }
     Ok(())
 }
@@ -328,7 +330,7 @@ fn tell(
 /// Where a split ring's device was: its used index (virtio 1.3, 2.7.8). The guest may have written anything there; the back end
 /// checks what follows from it.
 fn used_index(memory: &GuestMemory, queue: &QueueSetup) -> u32 {
-    let at = GuestAddress(queue.device_guest.saturating_add(2));
+    let at = GuestAddress(queue.device.guest.saturating_add(2));
     u32::from(u16::from_le(memory.view().load(at, Ordering::Acquire).unwrap_or(0)))
 }
 

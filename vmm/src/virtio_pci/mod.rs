@@ -9,6 +9,7 @@ mod registers;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
+use virtio::memory::HostRange;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::lock;
@@ -41,14 +42,14 @@ const MODERN: u16 = 0x1040;
 /// A queue as the driver set it up: it lies whole in the guest's memory.
 #[derive(Debug)]
 pub(crate) struct QueueSetup {
+    /// Which of the device's.
+    pub(crate) index: u16,
     /// Entries.
     pub(crate) size: u16,
-    /// Guest-physical: used ring (split) or device event area (packed).
-    pub(crate) device_guest: u64,
-    /// In this process: descriptor table or ring, driver area, device area.
-    pub(crate) descriptors: u64,
-    pub(crate) driver: u64,
-    pub(crate) device: u64,
+    /// Descriptor table or ring, driver area, device area.
+    pub(crate) descriptors: HostRange,
+    pub(crate) driver: HostRange,
+    pub(crate) device: HostRange,
     /// Signalled by the driver.
     pub(crate) kick: EventFd,
     /// Interrupts the driver; `None`: it polls.
@@ -60,7 +61,7 @@ pub(crate) struct QueueSetup {
 pub(crate) struct Activation {
     /// What driver and device agreed on.
     pub(crate) features: u64,
-    /// The queues, all of them.
+    /// The queues that it enabled.
     pub(crate) queues: Vec<QueueSetup>,
 }
 
@@ -80,6 +81,10 @@ pub(crate) trait VirtioDevice: Send {
     fn reset(&mut self);
     /// Whether it has let go of the queues.
     fn is_reset(&self) -> bool;
+    /// Whether it cannot go on before it is reset, because of something that the driver did.
+    fn is_broken(&self) -> bool {
+        false
+    }
 }
 
 /// A device on the bus.
@@ -218,6 +223,8 @@ impl Inner {
                 if self.resetting && self.device.is_reset() {
                     self.resetting = false;
                     self.registers.reset();
+                } else if self.device.is_broken() {
+                    self.registers.needs_reset();
                 }
                 self.registers.read(within, data);
             }
@@ -263,10 +270,16 @@ impl Inner {
     fn start(&mut self) {
         let features = self.registers.features();
         let mut queues = Vec::new();
-        for (registers, kick) in self.registers.queues().iter().zip(&self.kicks) {
+        for (index, (registers, kick)) in (0..).zip(self.registers.queues().iter().zip(&self.kicks)) {
+            // A driver uses as many queues as it has vCPUs, say.
+            if !registers.enabled {
+                continue;
+            }
             let lengths = registers.lengths(features);
             let host = |address: u64, length: u64, align: u64| {
-                self.memory.host_address(address, length).filter(|_| address.is_multiple_of(align))
+                let at =
+                    self.memory.host_address(address, length).filter(|_| address.is_multiple_of(align))?;
+                Some(HostRange { ptr: at as *mut u8, len: usize::try_from(length).ok()?, guest: address })
             };
             let (descriptors, driver, device) = (
                 host(registers.descriptors, lengths.descriptors, 16),
@@ -277,25 +290,16 @@ impl Inner {
                 NO_VECTOR => None,
                 vector => self.msix.event(vector),
             };
-            let (true, Some(descriptors), Some(driver), Some(device), Ok(kick)) =
-                (registers.enabled, descriptors, driver, device, kick.try_clone())
+            let (Some(descriptors), Some(driver), Some(device), Ok(kick)) =
+                (descriptors, driver, device, kick.try_clone())
             else {
                 tracing::warn!(
-                    "the guest's driver set up a virtqueue that is not in its memory, or none: {registers:x?}"
+                    "the guest's driver set up a virtqueue that is not in its memory: {registers:x?}"
                 );
                 self.registers.needs_reset();
                 return;
             };
-            let device_guest = registers.device;
-            queues.push(QueueSetup {
-                size: registers.size,
-                device_guest,
-                descriptors,
-                driver,
-                device,
-                kick,
-                call,
-            });
+            queues.push(QueueSetup { index, size: registers.size, descriptors, driver, device, kick, call });
         }
         self.device.activate(Activation { features, queues });
     }

@@ -1,0 +1,185 @@
+//! The file or block device behind a disk.
+//!
+//! Owns its descriptor, its size and its lock. Reads and writes guest memory directly, by system calls; never knows who asks.
+//! Every access was checked against the size before it comes here, and one that the host cannot do is an error, no end.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use crate::buffers::Buffers;
+use crate::config::DiskConfig;
+
+/// Bytes of a sector, whatever the disk's blocks are (virtio 1.3, 5.2.4).
+pub(crate) const SECTOR: u64 = 512;
+/// What is written at once where the host has no better way to write zeros.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Why a disk cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The file cannot be opened.
+    #[error("`disk`: {}: {source}{hint}", .path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// What may help.
+        hint: &'static str,
+    },
+    /// Neither a file nor a block device.
+    #[error("`disk`: {} is neither a file nor a block device; name a raw image", .0.display())]
+    Kind(PathBuf),
+    /// Smaller than a sector.
+    #[error("`disk`: {} is smaller than a sector of 512 bytes; give it a size: truncate -s 8G {}", .0.display(), .0.display())]
+    Empty(PathBuf),
+    /// Somebody else has it.
+    #[error("`disk`: {} is in use by another machine; two that write to one disk destroy it (`read_only = true` on both shares it)", .0.display())]
+    InUse(PathBuf),
+    /// No more threads or descriptors.
+    #[error("`disk`: {0}")]
+    System(#[from] io::Error),
+}
+
+/// An open image.
+#[derive(Debug)]
+pub(crate) struct Image {
+    file: File,
+    sectors: u64,
+}
+
+impl Image {
+    /// Opens the image that `config` names, and locks it: one machine writes, or several read.
+    ///
+    /// # Errors
+    /// What is wrong with it, and the way out.
+    pub(crate) fn open(config: &DiskConfig) -> Result<Self, DiskError> {
+        use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+        let path = || config.path.clone();
+        // A named pipe is no image, and is not waited for.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!config.read_only)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(&config.path)
+            .map_err(|source| open_error(&config.path, source))?;
+        let metadata = file.metadata().map_err(|source| open_error(&config.path, source))?;
+        let sort = metadata.file_type();
+        if !sort.is_file() && !sort.is_block_device() {
+            return Err(DiskError::Kind(path()));
+        }
+        let locked = if config.read_only { file.try_lock_shared() } else { file.try_lock() };
+        match locked {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(DiskError::InUse(path())),
+            Err(TryLockError::Error(source)) => return Err(open_error(&config.path, source)),
+        }
+        // A block device's metadata has no length.
+        let bytes = (&file).seek(SeekFrom::End(0)).map_err(|source| open_error(&config.path, source))?;
+        if bytes < SECTOR {
+            return Err(DiskError::Empty(path()));
+        }
+        Ok(Self { file, sectors: bytes / SECTOR })
+    }
+
+    /// How many sectors it has; what does not fill the last one is left out.
+    pub(crate) fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Fills `to` with what begins at byte `at`.
+    pub(super) fn read(&self, at: u64, to: Buffers<'_>) -> io::Result<()> {
+        whole(to, at, |pieces, at| {
+            // SAFETY: the pieces lie in guest memory that is mapped while `to` is borrowed; the kernel writes there.
+            unsafe { libc::preadv(self.raw(), pieces.as_ptr(), pieces.len() as libc::c_int, at) }
+        })
+    }
+
+    /// Writes `from` at byte `at`.
+    pub(super) fn write(&self, at: u64, from: Buffers<'_>) -> io::Result<()> {
+        whole(from, at, |pieces, at| {
+            // SAFETY: as in `read`; the kernel reads there.
+            unsafe { libc::pwritev(self.raw(), pieces.as_ptr(), pieces.len() as libc::c_int, at) }
+        })
+    }
+
+    /// What was written before is on the disk from now on.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Frees what holds these bytes; they read as zeros then.
+    pub(super) fn discard(&self, at: u64, bytes: u64) -> io::Result<()> {
+        self.allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, at, bytes)
+    }
+
+    /// Makes these bytes zeros, and keeps their place unless `free`.
+    pub(super) fn zero(&self, at: u64, bytes: u64, free: bool) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let done = match free {
+            true => self.discard(at, bytes),
+            false => self.allocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, at, bytes),
+        };
+        match done {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+            done => return done,
+        }
+        let (mut at, end) = (at, at + bytes);
+        while at < end {
+            let length = (end - at).min(ZEROS.len() as u64) as usize;
+            self.file.write_all_at(ZEROS.get(..length).unwrap_or_default(), at)?;
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, mode: libc::c_int, at: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: no memory is passed.
+        match unsafe { libc::fallocate(self.raw(), mode, at as libc::off_t, bytes as libc::off_t) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn raw(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+/// Calls until all of `buffers` was moved: a call may do less than it was asked for.
+fn whole(
+    mut buffers: Buffers<'_>,
+    mut at: u64,
+    call: impl Fn(&[libc::iovec], libc::off_t) -> isize,
+) -> io::Result<()> {
+    while buffers.len() > 0 {
+        match call(buffers.pieces(), at as libc::off_t) {
+            // The file became shorter than it was.
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            moved @ 1.. => {
+                at += moved as u64;
+                drop(buffers.take(moved as u64));
+            }
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
+fn open_error(path: &Path, source: io::Error) -> DiskError {
+    let hint = match source.kind() {
+        io::ErrorKind::NotFound => "; make one: truncate -s 8G FILE",
+        io::ErrorKind::PermissionDenied => "; this user needs to read and, without `read_only`, to write it",
+        io::ErrorKind::ReadOnlyFilesystem => "; say `read_only = true`",
+        _ => "",
+    };
+    DiskError::Open { path: path.to_owned(), source, hint }
+}

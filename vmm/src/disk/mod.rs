@@ -1,0 +1,134 @@
+//! A disk: virtio-blk (virtio 1.3, 5.2) on a raw image or a block device.
+//!
+//! Owns what the guest's driver sees of it: size, features, limits. Requests are read and answered in [`request`], by a
+//! thread for each queue; [`image`] is the host's side. No vCPU waits for a disk.
+
+pub(crate) mod image;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use virtio::features;
+use virtio::memory::GuestMemory;
+
+use crate::config::DiskConfig;
+use crate::virtio_pci::{Activation, VirtioDevice};
+use crate::worker::Workers;
+pub(crate) use image::DiskError;
+use image::Image;
+use request::{FEATURE_FLUSH, ID, Server};
+
+/// virtio's number of a disk, and PCI's class of one (mass storage, other).
+const KIND: (u16, u16) = (2, 0x0180);
+/// Features (5.2.3).
+const FEATURE_SEG_MAX: u64 = 1 << 2;
+const FEATURE_READ_ONLY: u64 = 1 << 5;
+const FEATURE_BLOCK_SIZE: u64 = 1 << 6;
+const FEATURE_QUEUES: u64 = 1 << 12;
+const FEATURE_DISCARD: u64 = 1 << 13;
+const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
+
+/// Data buffers of a request: with header and status, as many as a chain has at most here.
+const MOST_BUFFERS: u16 = virtio::device::MAX_CHAIN as u16 - 2;
+/// Ranges of one request to discard, and sectors of a range: 32 MiB, so that writing zeros where the host has no better way
+/// is soon done.
+const MOST_RANGES: u32 = 16;
+const MOST_SECTORS: u32 = 65_536;
+
+/// The disk.
+pub(crate) struct Disk {
+    offered: u64,
+    sectors: u64,
+    queues: u16,
+    queue_size: u16,
+    workers: Workers,
+}
+
+impl Disk {
+    /// A disk on `image`.
+    ///
+    /// # Errors
+    /// No more threads or descriptors.
+    pub(crate) fn new(
+        config: &DiskConfig,
+        image: Arc<Image>,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Self, DiskError> {
+        let discard = config.discard && !config.read_only;
+        let mut offered = features::VERSION_1
+            | features::RING_INDIRECT_DESC
+            | features::RING_EVENT_IDX
+            | FEATURE_SEG_MAX
+            | FEATURE_BLOCK_SIZE
+            | FEATURE_FLUSH
+            | FEATURE_QUEUES;
+        for (wanted, feature) in
+            [(config.read_only, FEATURE_READ_ONLY), (discard, FEATURE_DISCARD | FEATURE_WRITE_ZEROES)]
+        {
+            offered |= if wanted { feature } else { 0 };
+        }
+        let mut id = [0; ID];
+        id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
+        let server = |_| Server {
+            image: image.clone(),
+            read_only: config.read_only,
+            discard,
+            id,
+            write_through: true,
+        };
+        Ok(Self {
+            offered,
+            sectors: image.sectors(),
+            queues: config.queues,
+            queue_size: config.queue_size,
+            workers: Workers::new(&config.name, memory, (0..config.queues).map(server).collect())?,
+        })
+    }
+}
+
+impl VirtioDevice for Disk {
+    fn kind(&self) -> (u16, u16) {
+        KIND
+    }
+
+    fn features(&self) -> u64 {
+        self.offered
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![self.queue_size; self.queues.into()]
+    }
+
+    /// 5.2.4: capacity, then fields of 32 bits, but for those that say otherwise.
+    fn config(&self) -> Vec<u8> {
+        let buffers = u32::from(MOST_BUFFERS.min(self.queue_size.saturating_sub(2)).max(1));
+        let block = image::SECTOR as u32;
+        let mut config = self.sectors.to_le_bytes().to_vec();
+        let mut add = |words: &[u32]| config.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        // size_max; seg_max; geometry; blk_size; topology, two words.
+        add(&[0, buffers, 0, block, 0, 0]);
+        // writeback and a gap of a byte each, num_queues in the upper half.
+        add(&[u32::from(self.queues) << 16]);
+        // max_discard_sectors, _seg, discard_sector_alignment; the same two for zeros; that they may be freed.
+        add(&[MOST_SECTORS, MOST_RANGES, block / 512, MOST_SECTORS, MOST_RANGES, 1]);
+        config
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        self.workers.activate(activation);
+    }
+
+    fn reset(&mut self) {
+        self.workers.reset();
+    }
+
+    fn is_reset(&self) -> bool {
+        self.workers.are_idle()
+    }
+
+    fn is_broken(&self) -> bool {
+        self.workers.are_broken()
+    }
+}

@@ -1,0 +1,306 @@
+//! A driver that writes its rings by hand, so that it can write them wrongly.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::config::Config;
+use crate::memory::GuestMemory as Memory;
+use crate::virtio_pci::QueueSetup;
+use virtio::memory::HostRange;
+
+/// Where things are in the guest.
+const DESCRIPTORS: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const HEADER: u64 = 0x4000;
+const STATUS: u64 = 0x5000;
+const DATA: u64 = 0x10_0000;
+const SIZE: u16 = 16;
+/// Nothing here takes long, but a busy machine may.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+struct Guest {
+    memory: Arc<Memory>,
+    disk: Disk,
+    kick: EventFd,
+    avail: u16,
+    file: tempfile::NamedTempFile,
+}
+
+impl Guest {
+    /// A guest with a started disk of 64 sectors; `keys` are more of the disk's.
+    fn with(keys: &str) -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), (0..64 * 512).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
+        let text = format!(
+            "[vm]\nkernel = 'k'\nmemory = '4 MiB'\n[[vm.disk]]\nformat = 'raw'\npath = {:?}\n{keys}",
+            file.path()
+        );
+        let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
+        let memory = Arc::new(Memory::new(&config).unwrap());
+        let image = Arc::new(Image::open(&config.disk[0]).unwrap());
+        let disk = Disk::new(&config.disk[0], image, &memory.for_rings().unwrap()).unwrap();
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut guest = Self { memory, disk, kick, avail: 0, file };
+        guest.start();
+        guest
+    }
+
+    fn start(&mut self) {
+        let range = |guest, len: usize| HostRange {
+            ptr: self.memory.host_address(guest, len as u64).unwrap() as *mut u8,
+            len,
+            guest,
+        };
+        self.write(AVAIL, &[0; 6]);
+        self.write(USED, &[0; 6]);
+        self.avail = 0;
+        let queue = QueueSetup {
+            index: 0,
+            size: SIZE,
+            descriptors: range(DESCRIPTORS, 16 * usize::from(SIZE)),
+            driver: range(AVAIL, 6 + 2 * usize::from(SIZE)),
+            device: range(USED, 6 + 8 * usize::from(SIZE)),
+            kick: self.kick.try_clone().unwrap(),
+            call: None,
+        };
+        self.disk.activate(Activation { features: features::VERSION_1 | FEATURE_FLUSH, queues: vec![queue] });
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write("test", at, bytes).unwrap();
+    }
+
+    fn read(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.view().read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn descriptor(&self, n: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(len.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.write(DESCRIPTORS + 16 * u64::from(n), &bytes);
+    }
+
+    /// Makes the chain that begins with descriptor `head` available.
+    fn offer(&mut self, head: u16) {
+        self.write(AVAIL + 4 + 2 * u64::from(self.avail % SIZE), &head.to_le_bytes());
+        self.avail = self.avail.wrapping_add(1);
+        self.memory.view().store(self.avail, GuestAddress(AVAIL + 2), Ordering::Release).unwrap();
+        self.kick.write(1).unwrap();
+    }
+
+    /// Offers a chain of these pieces (address, length, whether the device writes) and returns the length that it came back
+    /// with, and its status.
+    fn chain(&mut self, pieces: &[(u64, u32, bool)]) -> (u32, u8) {
+        self.write(STATUS, &[0xee]);
+        for (n, (address, len, writes)) in (0..).zip(pieces) {
+            let next = if usize::from(n) + 1 < pieces.len() { NEXT } else { 0 };
+            self.descriptor(n, (*address, *len, next | if *writes { WRITE } else { 0 }, n + 1));
+        }
+        self.offer(0);
+        self.until("the request is used", |guest| {
+            guest.memory.view().load::<u16>(GuestAddress(USED + 2), Ordering::Acquire).unwrap() == guest.avail
+        });
+        let element = USED + 4 + 8 * u64::from(self.avail.wrapping_sub(1) % SIZE);
+        let written = self.read(element + 4, 4);
+        (u32::from_le_bytes(written.try_into().unwrap()), self.read(STATUS, 1)[0])
+    }
+
+    /// An ordinary request: header, data, status.
+    fn request(&mut self, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u32, u8) {
+        self.header(kind, sector);
+        let mut pieces = vec![(HEADER, 16, false)];
+        pieces.extend(data);
+        pieces.push((STATUS, 1, true));
+        self.chain(&pieces)
+    }
+
+    fn header(&self, kind: u32, sector: u64) {
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        self.write(HEADER, &header);
+    }
+
+    /// Discards or zeroes a range.
+    fn range(&mut self, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        let mut range = sector.to_le_bytes().to_vec();
+        range.extend(sectors.to_le_bytes());
+        range.extend(flags.to_le_bytes());
+        self.write(DATA, &range);
+        self.request(kind, 0, &[(DATA, 16, false)]).1
+    }
+
+    fn until(&mut self, what: &str, mut is: impl FnMut(&mut Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !is(self) {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        std::fs::read(self.file.path()).unwrap()
+    }
+}
+
+#[test]
+fn what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces() {
+    let mut guest = Guest::with("serial = 'a disk'");
+    let data: Vec<u8> = (0..1024_u32).map(|i| (i * 7) as u8).collect();
+    guest.write(DATA, &data);
+    let pieces = [(DATA, 100, false), (DATA + 100, 500, false), (DATA + 600, 424, false)];
+    assert_eq!(guest.request(1, 3, &pieces), (1, 0));
+    assert_eq!(guest.request(4, 0, &[]), (1, 0));
+    assert_eq!(guest.contents()[3 * 512..5 * 512], data);
+    let to = DATA + 0x1000;
+    assert_eq!(guest.request(0, 2, &[(to, 1000, true), (to + 1000, 536, true)]), (1537, 0));
+    assert_eq!(guest.read(to, 1536), [vec![2; 512], data].concat());
+    assert_eq!(guest.request(8, 0, &[(to, 20, true)]), (21, 0));
+    assert_eq!(guest.read(to, 20), b"a disk\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+}
+
+#[test]
+fn what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing() {
+    let mut guest = Guest::with("");
+    let before = guest.contents();
+    for (sector, len) in
+        [(64, 512), (63, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 512), (0, 511), (0, 1)]
+    {
+        assert_eq!(guest.request(0, sector, &[(DATA, len, true)]), (0, 1), "read {len} at {sector}");
+        assert_eq!(guest.request(1, sector, &[(DATA, len, false)]), (1, 1), "write {len} at {sector}");
+    }
+    for (sector, sectors) in [(64, 1), (63, 2), (0, 65), (u64::MAX, 1), (u64::MAX / 512, 2), (1 << 55, 1)] {
+        assert_eq!(
+            (guest.range(11, sector, sectors, 0), guest.range(13, sector, sectors, 0)),
+            (1, 1),
+            "{sectors} from {sector}"
+        );
+    }
+    assert!(guest.contents() == before);
+    assert_eq!(guest.request(99, 0, &[]).1, 2, "no such kind");
+}
+
+#[test]
+fn a_disk_that_is_only_read_is_not_written() {
+    let mut guest = Guest::with("read_only = true");
+    assert_eq!(guest.disk.features() & (FEATURE_READ_ONLY | FEATURE_DISCARD), FEATURE_READ_ONLY);
+    let before = guest.contents();
+    assert_eq!(guest.request(1, 0, &[(DATA, 512, false)]), (1, 1));
+    assert_eq!((guest.range(11, 0, 8, 0), guest.range(13, 0, 8, 0)), (1, 1));
+    assert_eq!(guest.request(0, 5, &[(DATA, 512, true)]), (513, 0));
+    assert!((guest.read(DATA, 512), guest.contents()) == (vec![5; 512], before));
+}
+
+#[test]
+fn what_is_discarded_or_zeroed_reads_as_zeros_and_nothing_else_does() {
+    let mut guest = Guest::with("");
+    assert_eq!(guest.range(11, 8, 8, 0), 0);
+    assert_eq!(guest.range(13, 32, 3, 0), 0);
+    assert_eq!(guest.range(13, 40, 3, 1), 0);
+    let contents = guest.contents();
+    for sector in 0..64_usize {
+        let zero = (8..16).contains(&sector) || (32..35).contains(&sector) || (40..43).contains(&sector);
+        let want = if zero { 0 } else { sector as u8 };
+        assert!(contents[sector * 512..][..512].iter().all(|byte| *byte == want), "sector {sector}");
+    }
+    assert_eq!((guest.range(11, 0, 8, 1), guest.range(13, 0, 8, 2)), (2, 2), "flags that there are not");
+    assert_eq!(guest.range(13, 0, 65_537, 0), 1, "more than a range may have");
+    let mut guest = Guest::with("discard = false");
+    assert_eq!(guest.range(11, 8, 8, 0), 2);
+}
+
+#[test]
+fn chains_that_are_no_request_come_back_and_the_next_one_is_served() {
+    let mut guest = Guest::with("");
+    let before = guest.contents();
+    guest.header(1, 0);
+    let header = (HEADER, 16, false);
+    let (data, status) = ((DATA, 512, false), (STATUS, 1, true));
+    for (pieces, answer) in [
+        (&[header, data][..], (0, 0xee)),
+        (&[(HEADER, 15, false), status], (1, 1)),
+        (&[status], (1, 1)),
+        (&[status, header, data], (0, 0xee)),
+        (&[header, status, data], (0, 0xee)),
+        (&[(HEADER, 16, true), (DATA, 512, true), status], (0, 1)),
+        (&[(HEADER, 0, false), (STATUS, 0, true)], (0, 0xee)),
+    ] {
+        assert_eq!(guest.chain(pieces), answer, "{pieces:x?}");
+        guest.header(1, 0);
+    }
+    assert!(guest.contents() == before);
+    assert_eq!(guest.request(0, 7, &[(DATA, 512, true)]), (513, 0));
+    assert_eq!(guest.read(DATA, 512), [7; 512]);
+}
+
+#[test]
+fn a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it() {
+    let mut guest = Guest::with("");
+    let looping = (HEADER, 16, NEXT, 0);
+    for (what, head, descriptor) in [
+        ("a chain that loops", 0, looping),
+        ("a chain that leaves the table", 0, (HEADER, 16, NEXT, SIZE)),
+        ("a descriptor that there is not", SIZE, looping),
+        ("memory that there is not", 0, (4 << 20, 16, 0, 0)),
+        ("memory that ends", 0, ((4 << 20) - 8, 16, 0, 0)),
+        ("an address that wraps", 0, (u64::MAX - 8, 16, 0, 0)),
+        ("an indirect table of no entries", 0, (DATA, 0, INDIRECT, 0)),
+        ("an indirect table that loops", 0, (DESCRIPTORS + 16, 16, INDIRECT, 0)),
+        ("an indirect table in nowhere", 0, (8 << 20, 64, INDIRECT, 0)),
+    ] {
+        guest.descriptor(0, descriptor);
+        guest.descriptor(1, looping);
+        guest.offer(head);
+        guest.until(what, |guest| guest.disk.is_broken());
+        assert!(!guest.disk.is_reset());
+        guest.disk.reset();
+        guest.until("let go", |guest| guest.disk.is_reset());
+        assert!(!guest.disk.is_broken(), "{what}");
+        guest.start();
+        assert_eq!(guest.request(0, 9, &[(DATA, 512, true)]), (513, 0), "after {what}");
+    }
+    guest.avail = guest.avail.wrapping_add(SIZE);
+    guest.offer(0);
+    guest.until("an index too far ahead", |guest| guest.disk.is_broken());
+}
+
+#[test]
+fn a_file_that_becomes_shorter_is_an_error_of_the_request() {
+    let mut guest = Guest::with("");
+    guest.file.as_file().set_len(512).unwrap();
+    assert_eq!(guest.request(0, 0, &[(DATA, 1024, true)]), (0, 1));
+    assert_eq!(guest.request(0, 0, &[(DATA, 512, true)]), (513, 0));
+}
+
+#[test]
+fn two_machines_do_not_share_a_disk_that_one_of_them_writes() {
+    let guest = Guest::with("");
+    let disk = |path: &std::path::Path, keys: &str| {
+        let text = format!("[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = {path:?}\n{keys}");
+        Image::open(&Config::parse(&text, std::path::Path::new("vm.toml")).unwrap().disk[0])
+    };
+    for keys in ["", "read_only = true"] {
+        assert!(matches!(disk(guest.file.path(), keys), Err(DiskError::InUse(_))));
+    }
+    let shared = Guest::with("read_only = true");
+    disk(shared.file.path(), "read_only = true").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("small");
+    std::fs::write(&file, [0; 511]).unwrap();
+    assert!(matches!(disk(&file, ""), Err(DiskError::Empty(_))));
+    assert!(matches!(disk(folder.path(), "read_only = true"), Err(DiskError::Kind(_))));
+    assert!(disk(&folder.path().join("none"), "").unwrap_err().to_string().contains("truncate -s 8G"));
+}

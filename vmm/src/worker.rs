@@ -1,0 +1,235 @@
+//! Threads that work on virtqueues for devices of our own, one for each queue.
+//!
+//! Owns the queue between DRIVER_OK and reset: what the driver makes available goes to a [`Serve`], request by request, in
+//! order. A vCPU only leaves a message here and never waits. A ring that makes no sense is left alone until the driver resets
+//! its device.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use virtio::device::{DeviceRing, Direction, Layout, Ring, RingError, RingSetup};
+use virtio::memory::GuestMemory;
+use virtio::{features, with_ring};
+
+use crate::buffers::Request;
+use crate::virtio_pci::{Activation, QueueSetup};
+
+/// What a device does with the requests of one queue. It may wait for what they need; only its own queue waits then.
+pub(crate) trait Serve: Send + 'static {
+    /// The driver is ready; this was agreed on.
+    fn start(&mut self, features: u64);
+    /// Does what a request asks for. Returns how many bytes of it were written, from its first on.
+    fn serve(&mut self, request: Request<'_>) -> u32;
+}
+
+enum Command {
+    Start(u64, QueueSetup),
+    Stop,
+    End,
+}
+
+/// The threads of one device.
+pub(crate) struct Workers {
+    workers: Vec<(Sender<Command>, Arc<EventFd>, JoinHandle<()>)>,
+    state: Arc<State>,
+}
+
+/// What they tell the device.
+#[derive(Default)]
+struct State {
+    /// Queues that are worked on.
+    busy: AtomicUsize,
+    /// A ring made no sense.
+    broken: AtomicBool,
+}
+
+impl Workers {
+    /// A thread for each of `serve`, which are the device's queues; `name` and their number is what it is called.
+    ///
+    /// # Errors
+    /// No more threads or descriptors.
+    pub(crate) fn new(name: &str, memory: &Arc<GuestMemory>, serve: Vec<impl Serve>) -> io::Result<Self> {
+        let mut workers = Self { workers: Vec::new(), state: Arc::default() };
+        for (n, serve) in serve.into_iter().enumerate() {
+            let (sender, commands) = unbounded();
+            let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
+            let mut worker = Worker {
+                name: format!("{name}.{n}"),
+                serve,
+                commands,
+                wake: wake.clone(),
+                memory: memory.clone(),
+                state: workers.state.clone(),
+                running: None,
+            };
+            let thread = std::thread::Builder::new().name(worker.name.clone()).spawn(move || worker.run())?;
+            workers.workers.push((sender, wake, thread));
+        }
+        Ok(workers)
+    }
+
+    /// The driver is ready.
+    pub(crate) fn activate(&self, activation: Activation) {
+        for queue in activation.queues {
+            if let Some((commands, wake, _)) = self.workers.get(usize::from(queue.index)) {
+                self.state.busy.fetch_add(1, Ordering::AcqRel);
+                // It only ends when this is dropped.
+                let _ = commands.send(Command::Start(activation.features, queue));
+                let _ = wake.write(1);
+            }
+        }
+    }
+
+    /// Begins to let go of the queues.
+    pub(crate) fn reset(&self) {
+        for (commands, wake, _) in &self.workers {
+            let _ = commands.send(Command::Stop);
+            let _ = wake.write(1);
+        }
+    }
+
+    /// Whether all queues were let go of.
+    pub(crate) fn are_idle(&self) -> bool {
+        self.state.busy.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether the driver must reset the device: a ring made no sense.
+    pub(crate) fn are_broken(&self) -> bool {
+        self.state.broken.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for (commands, wake, _) in &self.workers {
+            let _ = commands.send(Command::End);
+            let _ = wake.write(1);
+        }
+        for (_, _, thread) in self.workers.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A queue that is worked on.
+struct Running {
+    /// `None`: it made no sense.
+    ring: Option<DeviceRing>,
+    queue: QueueSetup,
+    /// The driver was asked to say when there is something to do.
+    asked: bool,
+}
+
+struct Worker<S> {
+    name: String,
+    serve: S,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    memory: Arc<GuestMemory>,
+    state: Arc<State>,
+    running: Option<Running>,
+}
+
+impl<S: Serve> Worker<S> {
+    fn run(&mut self) {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Start(features, queue)) => self.start(features, queue),
+                Ok(Command::Stop) => self.stop(),
+                Ok(Command::End) | Err(TryRecvError::Disconnected) => return self.stop(),
+                Err(TryRecvError::Empty) => match self.turn() {
+                    Ok(true) => {}
+                    Ok(false) => self.wait(),
+                    Err(error) => self.give_up(&error),
+                },
+            }
+        }
+    }
+
+    fn start(&mut self, features: u64, queue: QueueSetup) {
+        self.serve.start(features);
+        let packed = features & features::RING_PACKED != 0;
+        let setup = RingSetup {
+            layout: if packed { Layout::Packed } else { Layout::Split },
+            direction: Direction::Both,
+            size: queue.size,
+            descriptors: queue.descriptors,
+            driver: queue.driver,
+            device: queue.device,
+            base: Some(0),
+            features,
+            memory: self.memory.clone(),
+            log: None,
+            log_used: None,
+            inflight: None,
+        };
+        let ring = DeviceRing::start(setup);
+        let ring = ring.map_err(|error| self.give_up(&error)).ok();
+        self.running = Some(Running { ring, queue, asked: true });
+    }
+
+    fn stop(&mut self) {
+        if self.running.take().is_some() && self.state.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.state.broken.store(false, Ordering::Release);
+        }
+    }
+
+    fn give_up(&mut self, error: &RingError) {
+        tracing::warn!(
+            "{}: the guest's driver broke its queue: {error}; it must reset the device",
+            self.name
+        );
+        self.state.broken.store(true, Ordering::Release);
+        if let Some(running) = &mut self.running {
+            running.ring = None;
+        }
+    }
+
+    /// Serves one request. False if there is none, and the driver says when there is.
+    fn turn(&mut self) -> Result<bool, RingError> {
+        let Some(Running { ring: Some(ring), queue, asked }) = &mut self.running else { return Ok(false) };
+        if with_ring!(ring, r => r.fetch(1))? == 0 {
+            // Asked first, looked at again then: nothing is missed in between.
+            if !std::mem::replace(asked, true) {
+                ring.set_notify(true);
+            }
+            return Ok(ring.has_work());
+        }
+        if std::mem::replace(asked, false) {
+            ring.set_notify(false);
+        }
+        let interrupt = with_ring!(ring, r => {
+            let written = self.serve.serve(Request::oldest(r.stock()));
+            r.use_written(written);
+            r.publish()
+        });
+        if let Some(call) = queue.call.as_ref().filter(|_| interrupt) {
+            host::signal::signal(descriptor(call));
+        }
+        Ok(true)
+    }
+
+    /// Waits for a command or the driver.
+    fn wait(&self) {
+        let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+        if let Some(Running { ring: Some(_), queue, .. }) = &self.running {
+            fds.push(PollFd::new(descriptor(&queue.kick), PollFlags::POLLIN));
+        }
+        let _ = poll(&mut fds, PollTimeout::NONE);
+        let _ = self.wake.read();
+        if let Some(running) = &self.running {
+            let _ = running.queue.kick.read();
+        }
+    }
+}
+
+fn descriptor(event: &vmm_sys_util::eventfd::EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}

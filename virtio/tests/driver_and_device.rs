@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
-use virtio::device::{DeviceRing, Direction, Layout, Ring, RingSetup};
+use virtio::device::{DeviceRing, Direction, Layout, Ring, RingError, RingSetup};
 use virtio::driver::{AreaSizes, DriverRing, DriverSetup, IndirectTables, OfferError, Piece, Single};
 use virtio::features as f;
 use virtio::memory::{GuestMemory, HostRange, Region};
@@ -438,15 +438,58 @@ proptest! {
             world.shown += 1;
         }
         let base = world.driver.resume_position().unwrap();
-        // A packed ring that was used and begins at the start is refused: a front end that forgot looks the same.
-        prop_assume!(kind.layout == Layout::Split || base != 0x8000_8000);
         let setup = RingSetup { base: Some(base), ..world.device.setup_mut().clone() };
-        world.device = DeviceRing::start(setup).unwrap();
+        world.device = match DeviceRing::start(setup) {
+            // A front end that forgot where a packed ring was says this too; some rings do not tell which it is.
+            Err(RingError::NoPosition) if kind.layout == Layout::Packed && base == 0x8000_8000 => {
+                return Err(TestCaseError::reject("no position"));
+            }
+            started => started.unwrap(),
+        };
         (world.driver_sleeps, world.device_sleeps) = (false, false);
         world.driver.suppress_notifications();
         with_ring!(&mut world.device, r => r.set_notify(false));
         for step in &after {
             world.step(step)?;
         }
+    }
+}
+
+/// Whether a new device takes "at the start" for the position of this world's ring.
+fn starts_at_the_start(world: &mut World) -> bool {
+    let setup = RingSetup { base: Some(0x8000_8000), ..world.device.setup_mut().clone() };
+    DeviceRing::start(setup).is_ok()
+}
+
+#[test]
+fn a_packed_ring_that_was_used_is_at_its_start_only_after_two_whole_laps() {
+    let kind = Kind { layout: Layout::Packed, direction: Direction::Read, size: 8, features: f::VERSION_1 };
+    for pieces in [1, 2, 4] {
+        let mut world = World::new(kind);
+        let chain = Step::Chain { lens: vec![64; pieces], indirect: false };
+        let done = Step::Use { want: 1, batch: 1, share: 100 };
+        for used in 1..=8 * 4 / pieces {
+            for step in [&chain, &Step::Publish, &done, &Step::DevicePublish, &Step::Reclaim(8)] {
+                world.step(step).unwrap();
+            }
+            let whole = (used * pieces).is_multiple_of(16);
+            assert_eq!(starts_at_the_start(&mut world), whole, "{used} chains of {pieces} descriptors");
+        }
+    }
+}
+
+#[test]
+fn a_full_packed_ring_whose_device_died_anywhere_is_not_taken_for_one_at_its_start() {
+    let kind = Kind { layout: Layout::Packed, direction: Direction::Write, size: 8, features: f::VERSION_1 };
+    let mut world = World::new(kind);
+    world.step(&Step::Singles(vec![64; 8])).unwrap();
+    for used in 1..64 {
+        let refill = Step::Singles(vec![64]);
+        let done = Step::Use { want: 1, batch: 1, share: 100 };
+        for step in [&Step::Publish, &done, &Step::DevicePublish, &Step::Reclaim(8), &refill, &Step::Publish]
+        {
+            world.step(step).unwrap();
+        }
+        assert_eq!(starts_at_the_start(&mut world), used % 16 == 0, "{used} buffers");
     }
 }

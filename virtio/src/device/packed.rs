@@ -127,7 +127,9 @@ impl PackedRing {
         let device = Events::new(setup.device).ok_or(area("device", setup.device))?;
         let position = match (setup.inflight.as_ref().and_then(Inflight::of), setup.base) {
             (Some(inflight), _) if inflight.in_use(size) => inflight.recover(&descriptors, size)?,
-            (_, Some(base)) => Self::from_base(base, &descriptors, size)?,
+            (_, Some(base)) => {
+                Self::from_base(base, &descriptors, size, setup.features & features::IN_ORDER != 0)?
+            }
             (_, None) => return Err(RingError::NoPosition),
         };
         let ring = Self {
@@ -155,17 +157,45 @@ impl PackedRing {
 
     /// The used half of a base counts: what lies between it and the avail half was fetched and not completed by a device
     /// that is gone, and is fetched again. A front end that knows only one half leaves the other zero.
-    fn from_base(base: u32, descriptors: &Descriptors, size: u16) -> Result<Position, RingError> {
+    fn from_base(
+        base: u32,
+        descriptors: &Descriptors,
+        size: u16,
+        in_order: bool,
+    ) -> Result<Position, RingError> {
         let avail = Position::from_bits(base as u16);
         let position = if base >> 16 == 0 { avail } else { Position::from_bits((base >> 16) as u16) };
         if avail.at >= size || position.at >= size {
             return Err(RingError::Base(base));
         }
-        // A ring that begins at the start was never used: no descriptor of it has its USED bit set.
-        if position == Position::START && (0..size).any(|i| descriptors.flags(i) & USED != 0) {
+        if position == Position::START && !Self::at_start(descriptors, size, in_order) {
             return Err(RingError::NoPosition);
         }
         Ok(position)
+    }
+
+    /// Whether the ring is new, or its device used all of it an even number of times: a front end that forgot where the
+    /// device was says that it is at the start, too.
+    ///
+    /// The lap before left descriptors with AVAIL and USED clear, and between them the rest of each chain as the driver wrote
+    /// it, USED set (section 2.8.1); one with both set is of a lap that is not over. What looks like the rest of a chain may
+    /// be available, to a device that is not at the start. So its head must be there, used under the same buffer id (which
+    /// is in a chain's last descriptor, section 2.8.6), or the answer is no. With IN_ORDER the heads say less (section 2.8.13).
+    fn at_start(descriptors: &Descriptors, size: u16, in_order: bool) -> bool {
+        // The buffer id of the used chain whose rest may be next.
+        let mut chain = None;
+        let mut ended = true;
+        for i in 0..size {
+            let d = descriptors.get(i);
+            (chain, ended) = match (d.b & (AVAIL | USED), chain) {
+                (AVAIL, _) => (None, true),
+                (0, _) => (Some(d.a), true),
+                (USED, Some(id)) if !in_order && d.b & DESC_NEXT != 0 => (Some(id), false),
+                (USED, Some(id)) if !in_order && d.a == id => (None, true),
+                _ => return false,
+            };
+        }
+        ended
     }
 
     pub(super) fn setup_mut(&mut self) -> &mut RingSetup {

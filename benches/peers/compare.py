@@ -11,6 +11,7 @@ The switches are measured in turn, round after round, and compared as ratios of 
 with the machine, ratios within a run much less. The generator is on one core (--cores, first), each switch polls on the
 other. `testpmd` forwards between two ports without any switching: a bound for DPDK's vhost library.
 
+A switch or generator that does not do its part is told with its reason and counts as 0 Mpps; the others are measured on.
 Exit status: 0; 1 if a switch delivered nothing or lost frames; 2 if something is missing (it says what to install).
 """
 import argparse
@@ -308,8 +309,6 @@ def measure(name, generator, size, args):
         subject = switch(name, folder, size, args)
         try:
             return GENERATORS[generator](folder, subject.connects, size, args)
-        except Broken as why:
-            raise Broken(f'{name}, measured by {generator}: {why}') from None
         finally:
             subject.stop()
 
@@ -348,9 +347,22 @@ def reserve_huge_pages():
             total.write_text(str(wanted))
         left = int(free.read_text())
     except OSError as why:
-        raise Missing(f'huge pages of 2 MiB cannot be reserved here: {why}') from None
+        raise Missing(f'huge pages of 2 MiB cannot be reserved here ({why}): boot the machine, or the host of this container, with '
+                      f'hugepages={HUGE_PAGES_NEEDED} on the kernel\'s command line') from None
     if left < HUGE_PAGES_NEEDED:
-        raise Missing(f'DPDK needs {HUGE_PAGES_NEEDED} free huge pages of 2 MiB, there are {left}: free memory, or reserve them at boot')
+        raise Missing(f'DPDK needs {HUGE_PAGES_NEEDED} free huge pages of 2 MiB, there are {left} and the kernel finds no more in one '
+                      f'piece: end what uses much memory, then: sync; echo 3 > /proc/sys/vm/drop_caches; '
+                      f'echo 1 > /proc/sys/vm/compact_memory; echo {int(total.read_text()) + HUGE_PAGES_NEEDED - left} > {total}; '
+                      f'or boot with hugepages={HUGE_PAGES_NEEDED} on the kernel\'s command line')
+
+
+def attempt(name, generator, size, args):
+    """The same, where a switch that does not do its part is a result too: those after it are still of interest."""
+    try:
+        return measure(name, generator, size, args)
+    except (Broken, subprocess.TimeoutExpired) as why:
+        print(f'{name}, {size} B by {generator}: {why}', file=sys.stderr, flush=True)
+        return {'mpps': 0.0, 'lost': 0, 'broken': str(why)}
 
 
 def report(size, generator, runs):
@@ -362,8 +374,10 @@ def report(size, generator, runs):
         median = statistics.median(rates)
         base = median if base is None else base
         ratio = f'{median / base:5.2f} x {first[:12]}' if base else ''
+        broken = sum('broken' in r for r in rounds)
         busy = statistics.median(r.get('generator_busy', 0) for r in rounds)
         note = '  generator at its limit' if busy > 0.95 else ''
+        note += f'  FAILED in {broken} of {len(rounds)} rounds, the reason is above' if broken else ''
         print(f'{size:5} B  by {generator:8}  {name[:44]:12} {median:7.2f} Mpps  ({min(rates):.2f} to {max(rates):.2f})  {ratio}'
               f'  lost {lost}{note}', flush=True)
         well &= min(rates) > 0 and lost == 0
@@ -413,16 +427,13 @@ def main():
             for _ in range(args.rounds):
                 for generator, of in runs.items():
                     for name in of:
-                        of[name].append(measure(name, generator, size, args))
+                        of[name].append(attempt(name, generator, size, args))
             for generator, of in runs.items():
                 well &= report(size, generator, of)
                 everything.append({'size': size, 'generator': generator, 'switches': of})
     except Missing as why:
         print(why, file=sys.stderr)
         return 2
-    except Broken as why:
-        print(why, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     if args.json:

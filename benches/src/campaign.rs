@@ -146,8 +146,8 @@ pub enum CampaignError {
     Stopped,
     /// Nothing comes through.
     #[error(
-        "no frame of {size} bytes came through ({sent} sent): is the switch forwarding between the two ports, and is its \
-         MTU large enough?"
+        "no frame of {size} bytes came through ({sent} sent): see that the switch forwards between the two ports, and that \
+         its MTU is large enough"
     )]
     Silent {
         /// Frame size in bytes.

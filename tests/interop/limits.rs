@@ -80,23 +80,25 @@ fn a_switch_of_two_ports_takes_less_than_64_mib_beside_its_guests_memory() {
 
 /// A worker that sleeps between bouts of large frames, in which the copy sets the pace: then everything that the kernel
 /// accounts to its thread is work, and must be what the switch says that it was. While another program has the core, the
-/// time-stamp counter goes on: an attempt in which that was often so says nothing.
+/// time-stamp counter goes on: of a worker that often waits for its core, the busy time is between both sums.
 #[test]
 #[ignore = "needs the release build and two cores: ./check limits"]
 fn a_sleeping_worker_costs_in_the_kernels_account_what_its_busy_cycles_say() {
     let mut seen = Vec::new();
     for _ in 0..ATTEMPTS {
         let (share, waited) = busy_share();
-        if waited > UNDISTURBED {
-            continue;
-        }
-        if ACCOUNTS_AGREE.contains(&share) {
+        if waited <= UNDISTURBED && ACCOUNTS_AGREE.contains(&share) {
             return;
         }
-        seen.push(share);
+        seen.push((share, waited));
     }
-    assert!(seen.is_empty(), "busy cycles are these shares of the kernel's account: {seen:?}");
-    println!("\nSKIPPED the worker's account of its time: other programs were on its core all the time");
+    let (least, most) = (ACCOUNTS_AGREE.start(), ACCOUNTS_AGREE.end());
+    let between = |(share, waited): &(f64, f64)| share >= least && *share <= most * (1.0 + waited);
+    let disturbed = seen.iter().any(|attempt| attempt.1 > UNDISTURBED && between(attempt));
+    assert!(
+        disturbed,
+        "(busy cycles, waiting for the core) are these shares of the kernel's account: {seen:?}"
+    );
 }
 
 /// Lets a worker work and sleep for a second. Its busy time, and the time that it waited for its core while another program

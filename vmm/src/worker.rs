@@ -76,6 +76,8 @@ impl Workers {
 
     /// The driver is ready.
     pub(crate) fn activate(&self, activation: Activation) {
+        // All threads let go before.
+        self.state.broken.store(false, Ordering::Release);
         for queue in activation.queues {
             if let Some((commands, wake, _)) = self.workers.get(usize::from(queue.index)) {
                 self.state.busy.fetch_add(1, Ordering::AcqRel);
@@ -101,7 +103,7 @@ impl Workers {
 
     /// Whether the driver must reset the device: a ring made no sense.
     pub(crate) fn are_broken(&self) -> bool {
-        self.state.broken.load(Ordering::Acquire)
+        !self.are_idle() && self.state.broken.load(Ordering::Acquire)
     }
 }
 
@@ -175,8 +177,8 @@ impl<S: Serve> Worker<S> {
     }
 
     fn stop(&mut self) {
-        if self.running.take().is_some() && self.state.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.state.broken.store(false, Ordering::Release);
+        if self.running.take().is_some() {
+            self.state.busy.fetch_sub(1, Ordering::AcqRel);
         }
     }
 

@@ -244,6 +244,8 @@ impl Session {
                 running.started = false;
             }
             self.complain("its back end is gone; the guest keeps its card, and it is waited for");
+            // One that comes and goes at once does not keep this thread busy.
+            self.pause();
         }
     }
 

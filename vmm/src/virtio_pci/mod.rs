@@ -5,6 +5,8 @@
 //! whoever works on the queue, interrupts by irqfd back: neither passes here.
 
 mod registers;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex};
 
@@ -220,10 +222,7 @@ impl Inner {
         let within = (offset % PAGE) as usize;
         match offset - offset % PAGE {
             COMMON => {
-                if self.resetting && self.device.is_reset() {
-                    self.resetting = false;
-                    self.registers.reset();
-                } else if self.device.is_broken() {
+                if !self.is_resetting() && self.device.is_broken() {
                     self.registers.needs_reset();
                 }
                 self.registers.read(within, data);
@@ -242,6 +241,9 @@ impl Inner {
     fn write(&mut self, offset: u64, data: &[u8]) {
         let within = (offset % PAGE) as usize;
         match offset - offset % PAGE {
+            // A driver waits until the status reads 0 (4.1.4.3.2). What one writes that does not wait would reach the device
+            // beside its reset, or pile up before it.
+            COMMON if self.is_resetting() => {}
             COMMON => match self.registers.write(within, data) {
                 Wanted::Nothing => {}
                 Wanted::Reset => {
@@ -264,6 +266,15 @@ impl Inner {
             }
             _ => {}
         }
+    }
+
+    /// Whether the device still holds the queues of before its reset.
+    fn is_resetting(&mut self) -> bool {
+        if self.resetting && self.device.is_reset() {
+            self.resetting = false;
+            self.registers.reset();
+        }
+        self.resetting
     }
 
     /// Gives the device its queues, or asks the driver to reset it if these make no sense.

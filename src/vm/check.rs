@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use host::topology;
 use vmm::boot::Format;
-use vmm::config::{Config, OnReboot, PageSize};
+use vmm::config::{Config, OnReboot, PageSize, SerialTo};
 use vmm::preflight::Preflight;
 
 use crate::output::{self, refuse};
@@ -111,6 +111,12 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s)", disk.name, disk.queues)?;
     }
     writeln!(text, "  connect the serial console to {}", config.serial)?;
+    if config.console != SerialTo::Off {
+        writeln!(text, "  connect the virtio console to {}", config.console)?;
+    }
+    if config.rng {
+        writeln!(text, "  give the guest randomness")?;
+    }
     let reboot = match config.on_reboot {
         OnReboot::Restart => "start again",
         OnReboot::End => "end",

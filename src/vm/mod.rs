@@ -104,6 +104,10 @@ keys! {
     pmu: "BOOL",
     /// Where the serial console goes: stdio, off, or file:PATH [default: stdio].
     serial: "WHERE",
+    /// Where the virtio console (hvc0) goes: stdio, off, or file:PATH [default: off].
+    console: "WHERE",
+    /// Whether the guest has a source of randomness [default: false].
+    rng: "BOOL",
     /// What a reset by the guest does: restart or end [default: restart].
     on_reboot: "WHAT",
     /// Seconds that a guest may take to shut down when asked [default: 30].

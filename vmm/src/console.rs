@@ -1,4 +1,4 @@
-//! Where the serial console's bytes come from and go to.
+//! Where a console's bytes come from and go to.
 //!
 //! Owns the thread that writes what the guest printed and the one that reads what a user types; both end with the console. A
 //! reader that is slow or gone costs the guest nothing: its queue is bounded, and what does not fit is counted and lost.
@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -16,8 +16,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::config::SerialTo;
-use crate::device::lock;
-use crate::device::serial::SerialPort;
 use crate::machine::Event;
 
 /// Bytes that the guest may be ahead of whoever reads: a kernel's whole boot log.
@@ -29,7 +27,7 @@ const TYPED_WAIT: u16 = 5;
 /// Ctrl-], as telnet and virsh have it: ends the machine from its console.
 const ESCAPE: u8 = 0x1d;
 
-/// The end of the queue that the serial port writes to.
+/// The end of the queue that the guest's side writes to.
 pub(crate) struct Output {
     queue: Sender<u8>,
     lost: Arc<AtomicU64>,
@@ -50,7 +48,7 @@ impl Write for Output {
     }
 }
 
-/// The outside of a serial port.
+/// The outside of a serial port, or of a virtio console.
 pub(crate) struct Console {
     written: Receiver<()>,
     lost: Arc<AtomicU64>,
@@ -80,14 +78,19 @@ impl Console {
         Ok(Some((console, Output { queue, lost })))
     }
 
-    /// Gives `port` what comes in on standard input, if anything can. A terminal is set to pass every key on.
-    pub(crate) fn listen(&mut self, port: Arc<Mutex<SerialPort>>, events: Sender<Event>) -> io::Result<()> {
+    /// Gives `take` what comes in on standard input, if anything can; it says how many bytes it took. A terminal is set to
+    /// pass every key on.
+    pub(crate) fn listen(
+        &mut self,
+        take: impl Fn(&[u8]) -> usize + Send + 'static,
+        events: Sender<Event>,
+    ) -> io::Result<()> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
         let stopped = stop.as_fd().try_clone_to_owned()?;
         self._raw = RawTerminal::new();
         let raw = self._raw.is_some();
         let thread = std::thread::Builder::new().name("keyboard".to_owned()).spawn(move || {
-            read_in(&port, &events, &stopped, raw);
+            read_in(take, &events, &stopped, raw);
         })?;
         self.reader = Some((thread, stop));
         Ok(())
@@ -102,14 +105,14 @@ impl Console {
         let _ = self.written.recv_timeout(DRAIN);
         match self.lost.load(Ordering::Relaxed) {
             0 => {}
-            lost => tracing::warn!("{lost} bytes of the serial console were lost: nobody read them in time"),
+            lost => tracing::warn!("{lost} bytes of a console were lost: nobody read them in time"),
         }
     }
 }
 
 fn create(path: &Path) -> io::Result<File> {
     File::create(path).map_err(|error| {
-        io::Error::new(error.kind(), format!("the serial console's file {}: {error}", path.display()))
+        io::Error::new(error.kind(), format!("the console's file {}: {error}", path.display()))
     })
 }
 
@@ -126,7 +129,7 @@ fn write_out(bytes: &Receiver<u8>, mut sink: Box<dyn Write + Send>) {
 }
 
 /// Passes standard input on until it ends or `stop` is signalled.
-fn read_in(port: &Mutex<SerialPort>, events: &Sender<Event>, stop: &impl AsFd, terminal: bool) {
+fn read_in(take: impl Fn(&[u8]) -> usize, events: &Sender<Event>, stop: &impl AsFd, terminal: bool) {
     let stdin = io::stdin();
     let stopped = |timeout: PollTimeout| {
         let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
@@ -150,7 +153,7 @@ fn read_in(port: &Mutex<SerialPort>, events: &Sender<Event>, stop: &impl AsFd, t
             return;
         }
         while !typed.is_empty() {
-            let taken = lock(port).receive(typed);
+            let taken = take(typed);
             typed = typed.get(taken..).unwrap_or_default();
             if !typed.is_empty() && stopped(TYPED_WAIT.into()) {
                 return;

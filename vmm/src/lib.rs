@@ -17,7 +17,11 @@ pub mod memory;
 mod net;
 mod pci;
 pub mod preflight;
+mod rng;
+#[cfg(test)]
+mod test_driver;
 mod vcpu;
+mod virtio_console;
 mod virtio_pci;
 mod worker;
 

@@ -3,6 +3,7 @@
 //! Owns the order in which a machine is put together and taken apart, and what its end means. Everything it consists of has a
 //! file of its own; nothing here knows a register or a table.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,8 +19,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::BootError;
 use crate::config::{Config, SerialTo};
 use crate::console::Console;
-use crate::device::Devices;
 use crate::device::serial::SerialPort;
+use crate::device::{Devices, lock};
 use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
 use crate::interrupts::Interrupts;
@@ -27,9 +28,11 @@ use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::net::{Net, NetError};
 use crate::pci::PciBus;
 use crate::preflight::{Preflight, PreflightError, bit};
+use crate::rng::Rng;
 use crate::vcpu::cpuid::{Choices, Model};
 use crate::vcpu::exits::{ExitCounters, ExitReason};
 use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
+use crate::virtio_console::{Typed, VirtioConsole};
 use crate::virtio_pci::{BAR_SIZE, VirtioDevice, VirtioPci};
 use crate::{acpi, layout};
 
@@ -149,7 +152,7 @@ pub struct Machine {
     // In this order they are dropped: vCPUs, what they reach, the machine, its memory.
     vcpus: Vec<RunningVcpu>,
     devices: Option<Arc<Devices>>,
-    console: Option<Console>,
+    consoles: Vec<Console>,
     button: EventFd,
     vm: Arc<VmFd>,
     _memory: Arc<GuestMemory>,
@@ -196,24 +199,39 @@ impl Machine {
             Ok(line)
         };
         let button = line(layout::EVENT_IRQ)?;
-        // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus = bus(config, &preflight.disks, &vm, &memory)?;
-        let (mut console, port) = match Console::open(&config.serial).map_err(StartError::Console)? {
+        let mut consoles = Vec::new();
+        let virtio = match Console::open(&config.console).map_err(StartError::Console)? {
             Some((console, output)) => {
-                let port = SerialPort::new(line(layout::SERIAL_IRQ)?, output);
-                (Some(console), Some(Arc::new(Mutex::new(port))))
+                let (device, typed) = VirtioConsole::new(output, &memory)?;
+                consoles.push((console, &config.console, Take::Virtio(typed)));
+                Some(device)
             }
-            None => (None, None),
+            None => None,
         };
-        if let (Some(console), Some(port), SerialTo::Stdio) = (&mut console, &port, &config.serial) {
-            console.listen(port.clone(), event_sender.clone()).map_err(StartError::Console)?;
-        }
+        // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
+        let bus = bus(config, &preflight.disks, virtio, &vm, &memory)?;
+        let port = match Console::open(&config.serial).map_err(StartError::Console)? {
+            Some((console, output)) => {
+                let port = Arc::new(Mutex::new(SerialPort::new(line(layout::SERIAL_IRQ)?, output)));
+                consoles.push((console, &config.serial, Take::Serial(port.clone())));
+                Some(port)
+            }
+            None => None,
+        };
+        let listen = |(mut console, to, take): (Console, &SerialTo, Take)| {
+            if *to == SerialTo::Stdio {
+                console.listen(move |bytes| take.bytes(bytes), event_sender.clone())?;
+            }
+            Ok(console)
+        };
+        let consoles: io::Result<Vec<_>> = consoles.into_iter().map(listen).collect();
+        let consoles = consoles.map_err(StartError::Console)?;
         let devices = Arc::new(Devices::new(port, bus));
 
         let mut machine = Self {
             vcpus: Vec::new(),
             devices: Some(devices.clone()),
-            console,
+            consoles,
             button,
             vm,
             _memory: memory,
@@ -307,9 +325,7 @@ impl Drop for Machine {
         self.vcpus.clear();
         // With the devices goes the serial port, and with it the console's queue.
         self.devices = None;
-        if let Some(console) = self.console.take() {
-            console.close();
-        }
+        self.consoles.drain(..).for_each(Console::close);
     }
 }
 
@@ -325,10 +341,27 @@ pub fn become_emulator(config: &Config) -> Result<(), StartError> {
     }
 }
 
+/// What takes what is typed.
+enum Take {
+    Serial(Arc<Mutex<SerialPort>>),
+    Virtio(Typed),
+}
+
+impl Take {
+    /// Returns how many bytes it took.
+    fn bytes(&self, bytes: &[u8]) -> usize {
+        match self {
+            Take::Serial(port) => lock(port).receive(bytes),
+            Take::Virtio(typed) => typed.receive(bytes),
+        }
+    }
+}
+
 /// The PCI bus with all functions, their BARs side by side from the start of the window.
 fn bus(
     config: &Config,
     disks: &[Arc<Image>],
+    console: Option<VirtioConsole>,
     vm: &Arc<VmFd>,
     memory: &Arc<GuestMemory>,
 ) -> Result<PciBus, StartError> {
@@ -340,6 +373,12 @@ fn bus(
     }
     for (disk, image) in config.disk.iter().zip(disks) {
         devices.push(Box::new(Disk::new(disk, image.clone(), &for_rings)?));
+    }
+    if let Some(console) = console {
+        devices.push(Box::new(console));
+    }
+    if config.rng {
+        devices.push(Box::new(Rng::new(&for_rings).map_err(StartError::Device)?));
     }
     let mut bus = PciBus::new();
     for (n, device) in (0..).zip(devices) {

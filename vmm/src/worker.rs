@@ -24,8 +24,13 @@ use crate::virtio_pci::{Activation, QueueSetup};
 pub(crate) trait Serve: Send + 'static {
     /// The driver is ready; this was agreed on.
     fn start(&mut self, features: u64);
-    /// Does what a request asks for. Returns how many bytes of it were written, from its first on.
-    fn serve(&mut self, request: Request<'_>) -> u32;
+    /// Does what a request asks for. Returns how many bytes of it were written, from its first on; `None` keeps it until
+    /// [`Serve::source`] has something.
+    fn serve(&mut self, request: Request<'_>) -> Option<u32>;
+    /// What a request that was kept is kept for; without it, it stays until the driver resets the device.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 enum Command {
@@ -126,6 +131,8 @@ struct Running {
     queue: QueueSetup,
     /// The driver was asked to say when there is something to do.
     asked: bool,
+    /// A request is kept until there is something for it.
+    starved: bool,
 }
 
 struct Worker<S> {
@@ -173,7 +180,7 @@ impl<S: Serve> Worker<S> {
         };
         let ring = DeviceRing::start(setup);
         let ring = ring.map_err(|error| self.give_up(&error)).ok();
-        self.running = Some(Running { ring, queue, asked: true });
+        self.running = Some(Running { ring, queue, asked: true, starved: false });
     }
 
     fn stop(&mut self) {
@@ -193,9 +200,11 @@ impl<S: Serve> Worker<S> {
         }
     }
 
-    /// Serves one request. False if there is none, and the driver says when there is.
+    /// Serves one request. False if there is nothing to do for now, and somebody says when there is.
     fn turn(&mut self) -> Result<bool, RingError> {
-        let Some(Running { ring: Some(ring), queue, asked }) = &mut self.running else { return Ok(false) };
+        let Some(Running { ring: Some(ring), queue, asked, starved }) = &mut self.running else {
+            return Ok(false);
+        };
         if with_ring!(ring, r => r.fetch(1))? == 0 {
             // Asked first, looked at again then: nothing is missed in between.
             if !std::mem::replace(asked, true) {
@@ -207,7 +216,9 @@ impl<S: Serve> Worker<S> {
             ring.set_notify(false);
         }
         let interrupt = with_ring!(ring, r => {
-            let written = self.serve.serve(Request::oldest(r.stock()));
+            let served = self.serve.serve(Request::oldest(r.stock()));
+            *starved = served.is_none();
+            let Some(written) = served else { return Ok(false) };
             r.use_written(written);
             r.publish()
         });
@@ -220,8 +231,14 @@ impl<S: Serve> Worker<S> {
     /// Waits for a command or the driver.
     fn wait(&self) {
         let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
-        if let Some(Running { ring: Some(_), queue, .. }) = &self.running {
-            fds.push(PollFd::new(descriptor(&queue.kick), PollFlags::POLLIN));
+        match &self.running {
+            Some(Running { ring: Some(_), starved: true, .. }) => {
+                fds.extend(self.serve.source().map(|source| PollFd::new(source, PollFlags::POLLIN)));
+            }
+            Some(Running { ring: Some(_), queue, .. }) => {
+                fds.push(PollFd::new(descriptor(&queue.kick), PollFlags::POLLIN));
+            }
+            _ => {}
         }
         let _ = poll(&mut fds, PollTimeout::NONE);
         let _ = self.wake.read();

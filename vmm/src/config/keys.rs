@@ -69,6 +69,10 @@ keys! {
         disk: Vec<Spanned<DiskKeys>>,
         /// Where the serial console goes.
         serial: SerialName,
+        /// Where the virtio console goes.
+        console: SerialName,
+        /// Whether the guest has a source of randomness.
+        rng: bool,
         /// What a reset by the guest does.
         on_reboot: OnReboot,
         /// Seconds that a guest may take to shut down when asked.

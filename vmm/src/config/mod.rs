@@ -61,6 +61,10 @@ pub struct Config {
     pub disk: Vec<DiskConfig>,
     /// Where the serial console goes.
     pub serial: SerialTo,
+    /// Where the virtio console goes.
+    pub console: SerialTo,
+    /// Whether the guest has a source of randomness.
+    pub rng: bool,
     /// What a reset by the guest does.
     pub on_reboot: OnReboot,
     /// How long a guest may take to shut down when asked.

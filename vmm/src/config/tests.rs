@@ -160,6 +160,16 @@ fn disks_are_tables_or_flags_with_a_format_and_a_path() {
 }
 
 #[test]
+fn two_consoles_do_not_go_to_one_place() {
+    assert!(problem("console = \"stdio\"").2.contains("the serial console is there already"));
+    assert!(problem("console = \"file:a\"\nserial = \"file:a\"").2.contains("a file of its own"));
+    let config = parse("kernel = 'k'\nconsole = 'stdio'\nserial = 'file:a'\nrng = true").unwrap();
+    assert_eq!((config.console, config.serial), (SerialTo::Stdio, SerialTo::File("machines/a".into())));
+    assert!(config.rng);
+    assert_eq!(parse("kernel = 'k'\nserial = 'off'").unwrap().console, SerialTo::Off);
+}
+
+#[test]
 fn the_documentation_has_every_key() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let text = std::fs::read_to_string(root.join("docs/vm.md")).unwrap();

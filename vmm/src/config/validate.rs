@@ -8,7 +8,7 @@ use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, TopologyKeys, VmKeys};
-use super::values::{NetMode, OnReboot, PageSize, SerialTo};
+use super::values::{NetMode, OnReboot, PageSize, SerialName, SerialTo};
 use super::{Config, DiskConfig, MAX_VCPUS, NetConfig, Topology};
 
 const CMDLINE: &str = "console=ttyS0";
@@ -16,8 +16,8 @@ const MEMORY: u64 = 512 << 20;
 const MEMORY_LEAST: u64 = 2 << 20;
 const MEMORY_MOST: u64 = 16 << 40;
 const QUEUE_SIZE: u16 = 256;
-/// Devices of a PCI bus, without the host bridge.
-const MAX_DEVICES: usize = 31;
+/// Devices of a PCI bus, without the host bridge, `console` and `rng`.
+const MAX_DEVICES: usize = 29;
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Validates a whole document. `None` when something essential was wrong.
@@ -102,9 +102,21 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
             "{cards} of `net` and {disks} of `disk`, a machine has at most {MAX_DEVICES} in all"
         ));
     }
+    let to = |key: &Option<Spanned<SerialName>>, default| {
+        key.as_ref().map_or(default, |to| to.get_ref().0.clone())
+    };
+    let (serial, console) = (to(&keys.serial, SerialTo::Stdio), to(&keys.console, SerialTo::Off));
+    if let Some(key) = keys.console.as_ref().filter(|_| console == serial && console != SerialTo::Off) {
+        let message = "`console`: the serial console is there already; say `serial = \"off\"`, or give one of them a file of its own";
+        problems.add(key.span(), message);
+    }
     let directory = file.parent();
     // Paths in a file are relative to it, so that a machine can be started from anywhere.
     let resolve = |path: &Path| directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
+    let resolve_file = |to| match to {
+        SerialTo::File(path) => SerialTo::File(resolve(&path)),
+        other => other,
+    };
     Some(Config {
         name: keys.name.map_or_else(|| default_name(file), |name| name.into_inner().0),
         kernel: resolve(&keys.kernel?.get_ref().0),
@@ -124,10 +136,9 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         net: net.into_iter().map(|card| NetConfig { socket: resolve(&card.socket), ..card }).collect(),
         disk: disk.into_iter().map(|disk| DiskConfig { path: resolve(&disk.path), ..disk }).collect(),
         pmu: keys.pmu.is_none_or(Spanned::into_inner),
-        serial: match keys.serial.map(|serial| serial.into_inner().0) {
-            Some(SerialTo::File(path)) => SerialTo::File(resolve(&path)),
-            other => other.unwrap_or(SerialTo::Stdio),
-        },
+        serial: resolve_file(serial),
+        console: resolve_file(console),
+        rng: keys.rng.is_some_and(Spanned::into_inner),
         on_reboot: keys.on_reboot.map_or(OnReboot::Restart, Spanned::into_inner),
         shutdown_timeout: keys
             .shutdown_timeout

@@ -65,10 +65,10 @@ impl Serve for Server {
         self.write_through = features & FEATURE_FLUSH == 0;
     }
 
-    fn serve(&mut self, request: Request<'_>) -> u32 {
+    fn serve(&mut self, request: Request<'_>) -> Option<u32> {
         let Request { readable, mut writable } = request;
         // Without a byte for the answer there is none.
-        let Some(room) = writable.len().checked_sub(1) else { return 0 };
+        let Some(room) = writable.len().checked_sub(1) else { return Some(0) };
         let answer = writable.take(room);
         let (status, written) = match self.answer(readable, answer) {
             Ok(written) => (OK, written),
@@ -77,7 +77,7 @@ impl Serve for Server {
         };
         writable.write(&[status]);
         // The length says up to where all bytes were written, and the status is the last of them (2.7.8.2).
-        if written == room { u32::try_from(room + 1).unwrap_or(0) } else { 0 }
+        Some(if written == room { u32::try_from(room + 1).unwrap_or(0) } else { 0 })
     }
 }
 

@@ -1,37 +1,21 @@
-//! A driver that writes its rings by hand, so that it can write them wrongly.
+//! A disk and its driver, which may write anything.
 
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
-
-use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
+use std::ops::{Deref, DerefMut};
 
 use super::*;
 use crate::config::Config;
-use crate::memory::GuestMemory as Memory;
-use crate::virtio_pci::QueueSetup;
-use virtio::memory::HostRange;
+use crate::test_driver::{DATA, DESCRIPTORS, Driver, SIZE};
 
 /// Where things are in the guest.
-const DESCRIPTORS: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
 const HEADER: u64 = 0x4000;
 const STATUS: u64 = 0x5000;
-const DATA: u64 = 0x10_0000;
-const SIZE: u16 = 16;
-/// Nothing here takes long, but a busy machine may.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 const NEXT: u16 = 1;
-const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 struct Guest {
-    memory: Arc<Memory>,
+    driver: Driver,
     disk: Disk,
-    kick: EventFd,
-    avail: u16,
     file: tempfile::NamedTempFile,
 }
 
@@ -40,82 +24,26 @@ impl Guest {
     fn with(keys: &str) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), (0..64 * 512).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
-        let text = format!(
-            "[vm]\nkernel = 'k'\nmemory = '4 MiB'\n[[vm.disk]]\nformat = 'raw'\npath = {:?}\n{keys}",
-            file.path()
-        );
+        let text =
+            format!("[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = {:?}\n{keys}", file.path());
         let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
-        let memory = Arc::new(Memory::new(&config).unwrap());
         let image = Arc::new(Image::open(&config.disk[0]).unwrap());
-        let disk = Disk::new(&config.disk[0], image, &memory.for_rings().unwrap()).unwrap();
-        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let mut guest = Self { memory, disk, kick, avail: 0, file };
+        let driver = Driver::new();
+        let disk = Disk::new(&config.disk[0], image, &driver.for_rings()).unwrap();
+        let mut guest = Self { driver, disk, file };
         guest.start();
         guest
     }
 
     fn start(&mut self) {
-        let range = |guest, len: usize| HostRange {
-            ptr: self.memory.host_address(guest, len as u64).unwrap() as *mut u8,
-            len,
-            guest,
-        };
-        self.write(AVAIL, &[0; 6]);
-        self.write(USED, &[0; 6]);
-        self.avail = 0;
-        let queue = QueueSetup {
-            index: 0,
-            size: SIZE,
-            descriptors: range(DESCRIPTORS, 16 * usize::from(SIZE)),
-            driver: range(AVAIL, 6 + 2 * usize::from(SIZE)),
-            device: range(USED, 6 + 8 * usize::from(SIZE)),
-            kick: self.kick.try_clone().unwrap(),
-            call: None,
-        };
-        self.disk.activate(Activation { features: features::VERSION_1 | FEATURE_FLUSH, queues: vec![queue] });
+        self.disk.activate(self.driver.activation(&[0], features::VERSION_1 | FEATURE_FLUSH));
     }
 
-    fn write(&self, at: u64, bytes: &[u8]) {
-        self.memory.write("test", at, bytes).unwrap();
-    }
-
-    fn read(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        self.memory.view().read_slice(&mut bytes, GuestAddress(at)).unwrap();
-        bytes
-    }
-
-    fn descriptor(&self, n: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
-        let mut bytes = address.to_le_bytes().to_vec();
-        bytes.extend(len.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
-        bytes.extend(next.to_le_bytes());
-        self.write(DESCRIPTORS + 16 * u64::from(n), &bytes);
-    }
-
-    /// Makes the chain that begins with descriptor `head` available.
-    fn offer(&mut self, head: u16) {
-        self.write(AVAIL + 4 + 2 * u64::from(self.avail % SIZE), &head.to_le_bytes());
-        self.avail = self.avail.wrapping_add(1);
-        self.memory.view().store(self.avail, GuestAddress(AVAIL + 2), Ordering::Release).unwrap();
-        self.kick.write(1).unwrap();
-    }
-
-    /// Offers a chain of these pieces (address, length, whether the device writes) and returns the length that it came back
-    /// with, and its status.
+    /// Offers a chain and returns the length that it came back with, and its status.
     fn chain(&mut self, pieces: &[(u64, u32, bool)]) -> (u32, u8) {
         self.write(STATUS, &[0xee]);
-        for (n, (address, len, writes)) in (0..).zip(pieces) {
-            let next = if usize::from(n) + 1 < pieces.len() { NEXT } else { 0 };
-            self.descriptor(n, (*address, *len, next | if *writes { WRITE } else { 0 }, n + 1));
-        }
-        self.offer(0);
-        self.until("the request is used", |guest| {
-            guest.memory.view().load::<u16>(GuestAddress(USED + 2), Ordering::Acquire).unwrap() == guest.avail
-        });
-        let element = USED + 4 + 8 * u64::from(self.avail.wrapping_sub(1) % SIZE);
-        let written = self.read(element + 4, 4);
-        (u32::from_le_bytes(written.try_into().unwrap()), self.read(STATUS, 1)[0])
+        let written = self.driver.chain(pieces);
+        (written, self.read(STATUS, 1)[0])
     }
 
     /// An ordinary request: header, data, status.
@@ -143,16 +71,26 @@ impl Guest {
         self.request(kind, 0, &[(DATA, 16, false)]).1
     }
 
-    fn until(&mut self, what: &str, mut is: impl FnMut(&mut Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !is(self) {
-            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+    fn until(&mut self, what: &str, is: impl Fn(&Disk) -> bool) {
+        self.driver.until(what, |_| is(&self.disk));
     }
 
     fn contents(&self) -> Vec<u8> {
         std::fs::read(self.file.path()).unwrap()
+    }
+}
+
+impl Deref for Guest {
+    type Target = Driver;
+
+    fn deref(&self) -> &Driver {
+        &self.driver
+    }
+}
+
+impl DerefMut for Guest {
+    fn deref_mut(&mut self) -> &mut Driver {
+        &mut self.driver
     }
 }
 
@@ -264,17 +202,17 @@ fn a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it() {
         guest.descriptor(0, descriptor);
         guest.descriptor(1, looping);
         guest.offer(head);
-        guest.until(what, |guest| guest.disk.is_broken());
+        guest.until(what, |disk| disk.is_broken());
         assert!(!guest.disk.is_reset());
         guest.disk.reset();
-        guest.until("let go", |guest| guest.disk.is_reset());
+        guest.until("let go", |disk| disk.is_reset());
         assert!(!guest.disk.is_broken(), "{what}");
         guest.start();
         assert_eq!(guest.request(0, 9, &[(DATA, 512, true)]), (513, 0), "after {what}");
     }
-    guest.avail = guest.avail.wrapping_add(SIZE);
+    guest.skip(SIZE);
     guest.offer(0);
-    guest.until("an index too far ahead", |guest| guest.disk.is_broken());
+    guest.until("an index too far ahead", |disk| disk.is_broken());
 }
 
 #[test]

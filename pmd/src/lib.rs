@@ -12,4 +12,5 @@ pub mod intel;
 pub mod kernel;
 pub mod nic;
 pub mod qtest;
+pub mod virtio_net;
 pub mod virtio_user;

@@ -55,3 +55,7 @@ pub const VERSION_1: u64 = 1 << 32;
 pub const RING_PACKED: u64 = 1 << 34;
 /// Buffers are used in the order in which they were made available.
 pub const IN_ORDER: u64 = 1 << 35;
+/// The device's memory accesses are the platform's: translated by its IOMMU, if there is one.
+pub const ACCESS_PLATFORM: u64 = 1 << 33;
+/// The platform orders the device's memory accesses, as it does those of hardware.
+pub const ORDER_PLATFORM: u64 = 1 << 36;

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use super::{Bar, GONE};
+use super::{Bar, GONE, NarrowBar};
 
 /// Mapped registers: a read is a load, a write is a store.
 pub struct Mmio {
@@ -32,9 +32,9 @@ impl Mmio {
     }
 
     #[inline(always)]
-    fn at(&self, offset: u32) -> Option<*mut u32> {
-        // `len` is a multiple of 4, so an aligned offset below it has four bytes.
-        (offset < self.len && offset.is_multiple_of(4))
+    fn at<T>(&self, offset: u32) -> Option<*mut T> {
+        // `len` is a multiple of 4, so an offset below it that is aligned to 4 or fewer bytes has as many.
+        (offset < self.len && offset.is_multiple_of(size_of::<T>() as u32))
             .then(|| self.base.as_ptr().wrapping_add(offset as usize).cast())
     }
 }
@@ -42,7 +42,7 @@ impl Mmio {
 impl Bar for Mmio {
     #[inline(always)]
     fn read32(&self, offset: u32) -> u32 {
-        match self.at(offset) {
+        match self.at::<u32>(offset) {
             // SAFETY: four aligned bytes inside the mapping (`at`; `new`'s contract).
             Some(at) => u32::from_le(unsafe { at.read_volatile() }),
             None => GONE,
@@ -51,11 +51,39 @@ impl Bar for Mmio {
 
     #[inline(always)]
     fn write32(&self, offset: u32, value: u32) {
-        if let Some(at) = self.at(offset) {
+        if let Some(at) = self.at::<u32>(offset) {
             // What was written to memory before is there before the device hears of it: x86 keeps the order of stores, the
             // compiler must too.
             compiler_fence(Ordering::Release);
             // SAFETY: as in `read32`.
+            unsafe { at.write_volatile(value.to_le()) }
+        }
+    }
+}
+
+impl NarrowBar for Mmio {
+    fn read8(&self, offset: u32) -> u8 {
+        // SAFETY: as in `read32`, one byte.
+        self.at::<u8>(offset).map_or(u8::MAX, |at| unsafe { at.read_volatile() })
+    }
+
+    fn write8(&self, offset: u32, value: u8) {
+        if let Some(at) = self.at::<u8>(offset) {
+            compiler_fence(Ordering::Release);
+            // SAFETY: as in `read32`, one byte.
+            unsafe { at.write_volatile(value) }
+        }
+    }
+
+    fn read16(&self, offset: u32) -> u16 {
+        // SAFETY: as in `read32`, two aligned bytes.
+        self.at::<u16>(offset).map_or(u16::MAX, |at| u16::from_le(unsafe { at.read_volatile() }))
+    }
+
+    fn write16(&self, offset: u32, value: u16) {
+        if let Some(at) = self.at::<u16>(offset) {
+            compiler_fence(Ordering::Release);
+            // SAFETY: as in `read32`, two aligned bytes.
             unsafe { at.write_volatile(value.to_le()) }
         }
     }

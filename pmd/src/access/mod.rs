@@ -121,3 +121,19 @@ pub fn set_bus_master<D: PciDevice>(device: &D, on: bool) {
     };
     device.config_write(config::COMMAND, wanted);
 }
+
+/// A memory region that is also accessed by 8 and 16 bits: devices whose fields have those widths are only to be accessed by them
+/// (virtio 1.3, section 4.1.3.1).
+pub trait NarrowBar: Bar {
+    /// Reads 8 bits. A device that is gone, and an offset outside of the region, read as all ones.
+    fn read8(&self, offset: u32) -> u8;
+
+    /// Writes 8 bits; nothing happens to a device that is gone, or outside of the region.
+    fn write8(&self, offset: u32, value: u8);
+
+    /// As [`NarrowBar::read8`], 16 bits.
+    fn read16(&self, offset: u32) -> u16;
+
+    /// As [`NarrowBar::write8`], 16 bits.
+    fn write16(&self, offset: u32, value: u16);
+}

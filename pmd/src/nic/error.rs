@@ -1,5 +1,7 @@
 //! Why a device cannot be used, or not any more.
 
+use virtio::driver::{DriverFault, SetupError};
+
 use crate::access::{AccessError, WaitError};
 use crate::dma::ArenaError;
 
@@ -23,6 +25,20 @@ pub enum DeviceError {
     Queues { card: &'static str, wanted: u16, most: u16 },
     #[error("an MTU of {wanted}: {card} has 68 to {most}")]
     Mtu { card: &'static str, wanted: u32, most: u32 },
+    #[error("{card} cannot do this: {what}")]
+    Unsupported { card: &'static str, what: &'static str },
+    #[error("the virtio device speaks no version 1; give it a modern interface (QEMU: disable-modern=off)")]
+    Legacy,
+    #[error("the virtio device does not accept the features {0:#x}, which it offered")]
+    Features(u64),
+    #[error("the virtio device has no queue {0}")]
+    NoQueue(u16),
+    #[error("the virtio device asks for a reset (DEVICE_NEEDS_RESET), and was stopped; open it again")]
+    NeedsReset,
+    #[error("cannot set up a ring: {0}")]
+    RingSetup(#[from] SetupError),
+    #[error("the ring is broken, and the device was stopped: {0}")]
+    Ring(DriverFault),
     #[error("the device is gone: its registers read all ones (removed, or powered down)")]
     Gone,
     #[error(

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::protocol::Width;
 use super::{BARS, ECAM, MachineError, ROOT_PORT, Shared};
-use crate::access::{AccessError, Bar, GONE, IovaSpace, PciDevice, config};
+use crate::access::{AccessError, Bar, GONE, IovaSpace, NarrowBar, PciDevice, config};
 
 /// Configuration space of the root port and of the device behind it (PCI Express 4.0, section 7.2.2: a bus has 1 MiB, a
 /// device 32 KiB).
@@ -116,22 +116,51 @@ impl PciDevice for Function {
     }
 }
 
-impl Bar for Window {
-    fn read32(&self, offset: u32) -> u32 {
-        if !offset.is_multiple_of(4) || offset >= self.len {
-            return GONE;
+impl Window {
+    /// Reads an aligned value of so many bytes; none from a device that is gone, or outside of the region.
+    fn read(&self, offset: u32, bytes: u32, width: Width) -> Option<u64> {
+        if !offset.is_multiple_of(bytes) || offset >= self.len {
+            return None;
         }
-        match self.shared.read(self.base + u64::from(offset), Width::Long) as u32 {
+        match self.shared.read(self.base + u64::from(offset), width) {
             // QEMU reads addresses that nobody answers for as zeros, where a bus reads ones. Its configuration space does
             // tell whether the device is there.
-            0 if self.shared.read(DEVICE, Width::Long) as u32 == GONE => GONE,
-            value => value,
+            0 if self.shared.read(DEVICE, Width::Long) as u32 == GONE => None,
+            value => Some(value),
         }
     }
 
-    fn write32(&self, offset: u32, value: u32) {
-        if offset.is_multiple_of(4) && offset < self.len {
-            self.shared.write(self.base + u64::from(offset), Width::Long, value.into());
+    fn write(&self, offset: u32, bytes: u32, width: Width, value: u64) {
+        if offset.is_multiple_of(bytes) && offset < self.len {
+            self.shared.write(self.base + u64::from(offset), width, value);
         }
+    }
+}
+
+impl Bar for Window {
+    fn read32(&self, offset: u32) -> u32 {
+        self.read(offset, 4, Width::Long).map_or(GONE, |value| value as u32)
+    }
+
+    fn write32(&self, offset: u32, value: u32) {
+        self.write(offset, 4, Width::Long, value.into());
+    }
+}
+
+impl NarrowBar for Window {
+    fn read8(&self, offset: u32) -> u8 {
+        self.read(offset, 1, Width::Byte).map_or(u8::MAX, |value| value as u8)
+    }
+
+    fn write8(&self, offset: u32, value: u8) {
+        self.write(offset, 1, Width::Byte, value.into());
+    }
+
+    fn read16(&self, offset: u32) -> u16 {
+        self.read(offset, 2, Width::Word).map_or(u16::MAX, |value| value as u16)
+    }
+
+    fn write16(&self, offset: u32, value: u16) {
+        self.write(offset, 2, Width::Word, value.into());
     }
 }

@@ -14,6 +14,8 @@ const OUTSTANDING: u32 = 256;
 /// Bytes of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Width {
+    /// 1.
+    Byte,
     /// 2.
     Word,
     /// 4.
@@ -23,6 +25,7 @@ pub(super) enum Width {
 impl Width {
     fn letter(self) -> char {
         match self {
+            Width::Byte => 'b',
             Width::Word => 'w',
             Width::Long => 'l',
         }
@@ -31,6 +34,7 @@ impl Width {
     /// What is read where nobody answers.
     fn ones(self) -> u64 {
         match self {
+            Width::Byte => 0xff,
             Width::Word => 0xffff,
             Width::Long => 0xffff_ffff,
         }

@@ -10,6 +10,7 @@ use pmd::e1000e::E1000e;
 use pmd::igb::Igb;
 use pmd::nic::{DeviceError, Filter, Nic, Options, ReceiveQueue, TransmitQueue};
 use pmd::qtest::{Function, Machine, Wire};
+use pmd::virtio_net::VirtioNet;
 use port::{BurstBuffer, DropReason, Offload, RxQueue, Scratch, TagEdit, TxQueue};
 
 use crate::frames::{LEAST, MOST, Pattern, Source, gather, next, until};
@@ -18,55 +19,89 @@ const MAC: &str = "52:54:00:12:34:56";
 const FRAMES: u64 = 100_000;
 
 /// A driver, and what QEMU calls the model of its card.
-trait Model: Nic<Device = Function> {
+trait Model {
+    type Driver: Nic<Device = Function>;
     const QEMU: &str;
 }
 
-impl Model for E1000e<Function> {
-    const QEMU: &str = "e1000e";
+macro_rules! models {
+    ($($model:ident: $driver:ident, $qemu:literal;)+) => {$(
+        struct $model;
+        impl Model for $model {
+            type Driver = $driver<Function>;
+            const QEMU: &str = $qemu;
+        }
+    )+};
 }
 
-impl Model for Igb<Function> {
-    const QEMU: &str = "igb";
+models! {
+    I82574: E1000e, "e1000e";
+    I82576: Igb, "igb";
+    VirtioSplit: VirtioNet, "virtio-net-pci,disable-legacy=on";
+    VirtioPacked: VirtioNet, "virtio-net-pci,disable-legacy=on,packed=on";
+    // Without mergeable buffers and indirect tables; `guest_csum` and its kind are not there, as the wire has no headers for them.
+    VirtioPlain: VirtioNet, "virtio-net-pci,disable-legacy=on,mrg_rxbuf=off,indirect_desc=off";
 }
 
 macro_rules! promises {
-    ($($promise:ident)+) => {
-        mod e1000e {
-            $(promises!(@one $promise, pmd::e1000e::E1000e);)+
-        }
-        mod igb {
-            $(promises!(@one $promise, pmd::igb::Igb);)+
-        }
-    };
-    (@one $promise:ident, $($driver:ident)::+) => {
-        #[test]
-        #[ignore = "needs QEMU: ./check nic"]
-        fn $promise() {
-            super::$promise::<$($driver)::+<pmd::qtest::Function>>();
+    ($name:ident: $model:ident, $($promise:ident)+) => {
+        mod $name {
+            $(
+                #[test]
+                #[ignore = "needs QEMU: ./check nic"]
+                fn $promise() {
+                    super::$promise::<super::$model>();
+                }
+            )+
         }
     };
 }
 
-promises! {
-    every_frame_that_comes_in_is_received_bit_for_bit_and_in_order
-    every_frame_that_is_sent_leaves_bit_for_bit_and_in_order
-    frames_go_through_in_both_directions_at_once_without_being_copied
-    checksums_are_calculated_on_the_way_out_and_judged_on_the_way_in
-    tags_are_inserted_replaced_and_taken_off
-    only_frames_that_the_filter_lets_through_come_in
+macro_rules! all_promises {
+    ($name:ident: $model:ident) => {
+        promises! { $name: $model,
+            every_frame_that_comes_in_is_received_bit_for_bit_and_in_order
+            every_frame_that_is_sent_leaves_bit_for_bit_and_in_order
+            frames_go_through_in_both_directions_at_once_without_being_copied
+            checksums_are_calculated_on_the_way_out_and_judged_on_the_way_in
+            tags_are_inserted_replaced_and_taken_off
+            only_frames_that_the_filter_lets_through_come_in
+            a_link_that_goes_under_traffic_drops_what_is_sent_and_comes_back
+            a_device_that_is_removed_under_traffic_takes_its_port_down_with_a_reason
+            a_ring_that_is_full_drops_and_counts_and_goes_on
+            frames_longer_than_the_mtu_are_dropped_on_both_sides
+            an_arena_that_is_too_short_says_so_and_one_that_is_released_can_be_used_again
+        }
+    };
+}
+
+macro_rules! virtio_promises {
+    ($name:ident: $model:ident) => {
+        promises! { $name: $model,
+            every_frame_that_comes_in_is_received_bit_for_bit_and_in_order
+            every_frame_that_is_sent_leaves_bit_for_bit_and_in_order
+            frames_go_through_in_both_directions_at_once_without_being_copied
+            a_link_that_goes_under_traffic_drops_what_is_sent_and_comes_back
+            a_device_that_is_removed_under_traffic_takes_its_port_down_with_a_reason
+            frames_longer_than_the_mtu_are_dropped_on_both_sides
+        }
+    };
+}
+
+all_promises!(e1000e: I82574);
+all_promises!(igb: I82576);
+virtio_promises!(virtio_split: VirtioSplit);
+virtio_promises!(virtio_packed: VirtioPacked);
+promises! { virtio_plain: VirtioPlain,
     a_link_that_goes_under_traffic_drops_what_is_sent_and_comes_back
-    a_device_that_is_removed_under_traffic_takes_its_port_down_with_a_reason
-    a_ring_that_is_full_drops_and_counts_and_goes_on
     frames_longer_than_the_mtu_are_dropped_on_both_sides
-    an_arena_that_is_too_short_says_so_and_one_that_is_released_can_be_used_again
 }
 
 /// A card with its cable, ready.
-struct Card<N: Nic> {
-    receive: N::Receive,
-    transmit: N::Transmit,
-    device: N,
+struct Card<N: Model> {
+    receive: <N::Driver as Nic>::Receive,
+    transmit: <N::Driver as Nic>::Transmit,
+    device: N::Driver,
     arena: Arc<Arena>,
     wire: Wire,
     machine: Machine,
@@ -77,7 +112,7 @@ impl<N: Model> Card<N> {
         let mut machine = Machine::start(&format!("{},mac={MAC}", N::QEMU)).expect("QEMU starts");
         let wire = machine.wire().unwrap();
         let arena = Arena::new(ArenaOptions::default(), machine.space()).unwrap();
-        let mut opened = N::open(machine.function(), &arena, options).unwrap();
+        let mut opened = N::Driver::open(machine.function(), &arena, options).unwrap();
         let (receive, transmit) = (opened.receive.pop().unwrap(), opened.transmit.pop().unwrap());
         let mut device = opened.nic;
         device.wait_for_link(Duration::from_secs(5)).unwrap();
@@ -238,6 +273,9 @@ fn every_frame_that_is_sent_leaves_bit_for_bit_and_in_order<N: Model>() {
     let counters = transmit.counters();
     assert_eq!((counters.sent.get(), counters.drops.sum(), counters.uncopied.get()), (FRAMES, 0, 0));
     let hardware = device.statistics();
+    if hardware.is_empty() {
+        return; // virtio has no such counters
+    }
     let counted = |name| hardware.iter().find(|(n, _)| *n == name).unwrap().1;
     assert_eq!(counted("sent"), FRAMES);
     let bytes: u64 = (0..FRAMES).map(|n| LEAST as u64 + n % (MOST - LEAST + 1) as u64 + 4).sum();
@@ -396,6 +434,8 @@ fn a_link_that_goes_under_traffic_drops_what_is_sent_and_comes_back<N: Model>() 
     let mut frame = Vec::new();
     Pattern::new().write(1, 1000, &mut frame);
     card.send(&frame, Offload::NONE, TagEdit::Keep);
+    let mut out = Vec::new();
+    next(&card.wire, &mut out);
     card.machine.set_link(false).unwrap();
     until("the link goes", || !card.device.link().unwrap().up);
     card.send(&frame, Offload::NONE, TagEdit::Keep);
@@ -404,8 +444,6 @@ fn a_link_that_goes_under_traffic_drops_what_is_sent_and_comes_back<N: Model>() 
     assert_eq!(counters.drops.get(DropReason::PortDown), 1);
     card.machine.set_link(true).unwrap();
     until("the link comes back", || card.device.link().unwrap().up);
-    let mut out = Vec::new();
-    next(&card.wire, &mut out);
     card.send(&frame, Offload::NONE, TagEdit::Keep);
     next(&card.wire, &mut out);
     assert_eq!(out, frame);
@@ -519,7 +557,7 @@ fn an_arena_that_is_too_short_says_so_and_one_that_is_released_can_be_used_again
     let options =
         ArenaOptions { rings: 16 << 10, buffers: 1536, pages: Pages::Ordinary, ..ArenaOptions::default() };
     let arena = Arena::new(options, machine.space()).unwrap();
-    let open = |options| N::open(machine.function(), &arena, options);
+    let open = |options| N::Driver::open(machine.function(), &arena, options);
     let short = open(Options { receive_ring: 1024, ..Options::default() }).err().unwrap();
     assert!(
         short.to_string().starts_with("the arena has 1536 buffers left")

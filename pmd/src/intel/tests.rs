@@ -352,6 +352,32 @@ fn a_buffer_that_comes_home_before_its_burst_ends_is_in_one_place_of_the_ring_on
 }
 
 #[test]
+fn a_frame_that_is_refused_first_in_a_set_keeps_its_buffer() {
+    let mut world = World::new();
+    (0..2).for_each(|i| world.received(i, WHOLE, 60));
+    let mut buffer = BurstBuffer::default();
+    let burst = world.receive.poll(&mut buffer);
+    let mut set = BurstBuffer::default();
+    set.frames[0] = Frame { first_len: 60_000, len: 60_000, ..burst.frames()[0] };
+    set.frames[1] = burst.frames()[1];
+    let mut lent = Lent(Vec::new());
+    let lent = Burst::new(&mut lent, &set, 2);
+    world.transmit.send(&lent, lent.all(), TagEdit::Keep, &mut Scratch::default());
+    drop((lent, burst));
+    world.transmit.notify();
+    world.card.write_back(TX_RING, (world.card.register(TDT) + 63) & 63, 1 << 32);
+    world.transmit.prepare(usize::MAX);
+    let counters = world.transmit.counters();
+    assert_eq!((counters.sent.get(), counters.drops.sum()), (1, 1));
+    // Once around the ring, and whatever left it left it for good.
+    for i in 2..66 {
+        world.received(i & 63, WHOLE, 60);
+        assert_eq!(world.receive.poll(&mut buffer).len(), 1);
+    }
+    assert!(world.all_home());
+}
+
+#[test]
 fn a_frame_for_two_ports_is_copied_for_the_second() {
     let mut world = World::new();
     world.received(0, WHOLE, 60);

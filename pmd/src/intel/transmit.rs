@@ -114,7 +114,8 @@ impl<D: PciDevice, C: Card> Transmit<D, C> {
     fn take(&mut self, index: u32) -> bool {
         let arena = self.pool.arena().clone();
         let view = arena.view();
-        if self.chain.add(view, index) {
+        // An empty chain may have been begun for a frame that was refused then.
+        if !self.chain.is_empty() && self.chain.add(view, index) {
             return true;
         }
         // Each mark is for buffers of one pool.

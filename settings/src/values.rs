@@ -99,6 +99,22 @@ text! {
         _ => Ok(text.to_owned()),
     };
 
+    /// A network interface (Linux, dev_valid_name).
+    DeviceName(String), "an interface's name in quotes", |text| {
+        let odd = |c: char| c.is_whitespace() || c.is_control() || "/:%".contains(c);
+        match text {
+            "" => Err("the name is empty".to_owned()),
+            "." | ".." => Err(format!("{text:?} is not possible as an interface's name")),
+            _ if text.len() > 15 => {
+                Err(format!("\"{text}\" is {} bytes long, an interface's name has at most 15", text.len()))
+            }
+            _ => match text.chars().find(|c| odd(*c)) {
+                Some(odd) => Err(format!("{text:?}: {odd:?} is not possible in an interface's name")),
+                None => Ok(text.to_owned()),
+            },
+        }
+    };
+
     /// A unicast Ethernet address.
     HardwareAddress([u8; 6]), "an address like \"02:00:00:00:00:01\"", |text| {
         let wrong = || format!("{text:?}: wanted six hexadecimal bytes, like \"02:00:00:00:00:01\"");

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use host::topology;
 use vmm::boot::Format;
-use vmm::config::{Config, OnReboot, PageSize, SerialTo};
+use vmm::config::{Config, NetBack, OnReboot, PageSize, SerialTo};
 use vmm::preflight::Preflight;
 
 use crate::output::{self, refuse};
@@ -100,10 +100,16 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         writeln!(text, "  note: KVM here refuses to let {} go without an exit", exits(false))?;
     }
     for card in &config.net {
-        let how = if card.listen { "listen on" } else { "connect to" };
-        let wait = if card.wait { " and wait for it" } else { "" };
+        let back = match &card.back {
+            NetBack::VhostUser(back) => {
+                let how = if back.listen { "listen on" } else { "connect to" };
+                let wait = if back.wait { " and wait for it" } else { "" };
+                format!("{how} {}{wait}", back.socket.display())
+            }
+            NetBack::Tap(interface) => format!("use the tap {interface}"),
+        };
         let mac = card.mac.map(|byte| format!("{byte:02x}")).join(":");
-        writeln!(text, "  {how} {}{wait}: network card {} ({mac})", card.socket.display(), card.name)?;
+        writeln!(text, "  {back}: network card {} ({mac})", card.name)?;
     }
     for (disk, size) in config.disk.iter().zip(preflight.disk_sizes()) {
         let how = if disk.read_only { "read" } else { "read and write" };

@@ -17,7 +17,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::BootError;
-use crate::config::{Config, SerialTo};
+use crate::config::{Config, NetBack, SerialTo};
 use crate::console::Console;
 use crate::device::serial::SerialPort;
 use crate::device::{Devices, lock};
@@ -25,6 +25,7 @@ use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
 use crate::interrupts::Interrupts;
 use crate::memory::{GuestMemory, GuestMemoryError};
+use crate::net::tap::TapCard;
 use crate::net::{Net, NetError};
 use crate::pci::PciBus;
 use crate::preflight::{Preflight, PreflightError, bit};
@@ -369,7 +370,10 @@ fn bus(
     let for_rings = memory.for_rings().map_err(GuestMemoryError::from)?;
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for card in &config.net {
-        devices.push(Box::new(Net::new(card, memory.clone())?));
+        devices.push(match &card.back {
+            NetBack::VhostUser(back) => Box::new(Net::new(card, back, memory.clone())?),
+            NetBack::Tap(interface) => Box::new(TapCard::new(card, interface, &for_rings)?),
+        });
     }
     for (disk, image) in config.disk.iter().zip(disks) {
         devices.push(Box::new(Disk::new(disk, image.clone(), &for_rings)?));

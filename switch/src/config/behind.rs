@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use pmd::kernel::pcap::PcapOptions;
 use settings::Spanned;
-use settings::values::SocketName;
+use settings::values::{DeviceName, SocketName};
 
 use super::keys::PortKeys;
 use super::validate::{PortReader, value_or};
-use super::values::{DeviceName, FeatureName};
+use super::values::FeatureName;
 use super::{Feature, PortKind, SOCKET_PATH_MAX, SocketSide};
 use crate::control::CONTROL_SOCKET;
 

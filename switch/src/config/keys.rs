@@ -4,15 +4,14 @@
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
 use settings::table::Read;
-use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
+use settings::values::{Bounded, CoreNumber, DeviceName, HardwareAddress, Memory, Name, SocketName};
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
 use super::values::{
-    DeviceName, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId,
-    VlanRange,
+    FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
 };
 
-plain!(DeviceName, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.

@@ -30,22 +30,6 @@ text! {
         _ => Ok(text.to_owned()),
     };
 
-    /// A network interface (Linux, dev_valid_name).
-    DeviceName(String), "an interface's name in quotes", |text| {
-        let odd = |c: char| c.is_whitespace() || c.is_control() || "/:%".contains(c);
-        match text {
-            "" => Err("the name is empty".to_owned()),
-            "." | ".." => Err(format!("{text:?} is not possible as an interface's name")),
-            _ if text.len() > 15 => {
-                Err(format!("\"{text}\" is {} bytes long, an interface's name has at most 15", text.len()))
-            }
-            _ => match text.chars().find(|c| odd(*c)) {
-                Some(odd) => Err(format!("{text:?}: {odd:?} is not possible in an interface's name")),
-                None => Ok(text.to_owned()),
-            },
-        }
-    };
-
     /// Permissions, octal.
     SocketMode(u32), "permissions in quotes, octal, like \"0660\"", |text| {
         let digits = text.strip_prefix("0o").unwrap_or(text);

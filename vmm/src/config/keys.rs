@@ -2,7 +2,7 @@
 //!
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
-use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
+use settings::values::{Bounded, CoreNumber, DeviceName, HardwareAddress, Memory, Name, SocketName};
 use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
@@ -99,6 +99,8 @@ keys! {
         kind: NetKind,
         /// What it is called in logs.
         name: Name,
+        /// The tap interface.
+        device: DeviceName,
         /// The back end's UNIX socket.
         socket: SocketName,
         /// Whether we connect to it or listen on it.

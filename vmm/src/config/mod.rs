@@ -71,21 +71,37 @@ pub struct Config {
     pub shutdown_timeout: Duration,
 }
 
-/// One of `net`: a network card whose data path is a vhost-user back end.
+/// One of `net`: a network card.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
     /// In logs.
     pub name: String,
-    /// The back end's socket.
-    pub socket: PathBuf,
-    /// Whether we listen on it.
-    pub listen: bool,
+    /// What is behind it.
+    pub back: NetBack,
     /// The card's address.
     pub mac: [u8; 6],
     /// Entries of each queue: a power of two.
     pub queue_size: u16,
     /// The largest layer-3 packet, if the guest is told one.
     pub mtu: Option<u16>,
+}
+
+/// What is behind a network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetBack {
+    /// A vhost-user back end.
+    VhostUser(VhostUserConfig),
+    /// The tap interface of this name.
+    Tap(String),
+}
+
+/// Where a vhost-user back end is met, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VhostUserConfig {
+    /// The back end's socket.
+    pub socket: PathBuf,
+    /// Whether we listen on it.
+    pub listen: bool,
     /// Whether packed rings are offered.
     pub packed: bool,
     /// Whether the guest starts only when the back end is there.

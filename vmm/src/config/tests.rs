@@ -96,8 +96,9 @@ fn flags_mean_what_the_same_keys_mean_in_a_file() {
 fn cards_are_tables_or_flags_with_a_socket_and_an_address_of_their_own() {
     let config = parse("kernel = 'k'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = 'a'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = '/b'\nmode = 'server'").unwrap();
     let [first, second] = config.net.as_slice() else { panic!("{:?}", config.net) };
-    assert_eq!((first.name.as_str(), first.socket.as_path()), ("net0", Path::new("machines/a")));
-    assert!(first.wait && !first.listen && second.listen && first.mac != second.mac);
+    let (NetBack::VhostUser(a), NetBack::VhostUser(b)) = (&first.back, &second.back) else { panic!() };
+    assert_eq!((first.name.as_str(), a.socket.as_path()), ("net0", Path::new("machines/a")));
+    assert!(a.wait && !a.listen && b.listen && first.mac != second.mac);
     let cards = ["vhost-user,socket=/a,packed=on,mtu=9000", "vhost-user,socket=/b,wait=never"];
     let mut flags = vec![("kernel", "k".to_owned())];
     flags.extend(cards.map(|card| ("net", card.to_owned())));
@@ -105,8 +106,16 @@ fn cards_are_tables_or_flags_with_a_socket_and_an_address_of_their_own() {
     assert!(text.contains("`wait`: string \"never\""), "{text}");
     flags[2].1 = "vhost-user,socket=/b,wait=no".to_owned();
     let config = Config::from_flags(&flags).unwrap();
-    assert!(config.net[0].packed && config.net[0].mtu == Some(9000) && !config.net[1].wait);
-    assert!(problem("net = [{ kind = 'tap', socket = 'x' }]").2.contains("there is only `vhost-user`"));
+    let (NetBack::VhostUser(a), NetBack::VhostUser(b)) = (&config.net[0].back, &config.net[1].back) else {
+        panic!()
+    };
+    assert!(a.packed && config.net[0].mtu == Some(9000) && !b.wait);
+    assert!(
+        problem("net = [{ kind = 'tap', device = 't', socket = 'x' }]").2.contains("`socket` is a key of")
+    );
+    assert!(problem("net = [{ kind = 'tap' }]").2.contains("needs `device`"));
+    let config = parse("kernel = 'k'\nnet = [{ kind = 'tap', device = 'tap0' }]").unwrap();
+    assert_eq!(config.net[0].back, NetBack::Tap("tap0".to_owned()));
     assert!(problem("net = [{ kind = 'vhost-user' }]").2.contains("needs `socket`"));
     assert!(
         problem("net = [{ kind = 'vhost-user', socket = 'x', queue_size = 100 }]")

@@ -8,8 +8,8 @@ use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, TopologyKeys, VmKeys};
-use super::values::{NetMode, OnReboot, PageSize, SerialName, SerialTo};
-use super::{Config, DiskConfig, MAX_VCPUS, NetConfig, Topology};
+use super::values::{NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
+use super::{Config, DiskConfig, MAX_VCPUS, NetBack, NetConfig, Topology, VhostUserConfig};
 
 const CMDLINE: &str = "console=ttyS0";
 const MEMORY: u64 = 512 << 20;
@@ -117,6 +117,13 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         SerialTo::File(path) => SerialTo::File(resolve(&path)),
         other => other,
     };
+    let resolve_card = |card: NetConfig| match card.back {
+        NetBack::VhostUser(back) => {
+            let back = NetBack::VhostUser(VhostUserConfig { socket: resolve(&back.socket), ..back });
+            NetConfig { back, ..card }
+        }
+        NetBack::Tap(_) => card,
+    };
     Some(Config {
         name: keys.name.map_or_else(|| default_name(file), |name| name.into_inner().0),
         kernel: resolve(&keys.kernel?.get_ref().0),
@@ -133,7 +140,7 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
         disable_exits,
         halt_poll: keys.halt_poll_us.map(|us| Duration::from_micros(us.get_ref().get())),
         hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
-        net: net.into_iter().map(|card| NetConfig { socket: resolve(&card.socket), ..card }).collect(),
+        net: net.into_iter().map(resolve_card).collect(),
         disk: disk.into_iter().map(|disk| DiskConfig { path: resolve(&disk.path), ..disk }).collect(),
         pmu: keys.pmu.is_none_or(Spanned::into_inner),
         serial: resolve_file(serial),
@@ -149,22 +156,50 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
 /// One of `net`.
 fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<'_>) -> Option<NetConfig> {
     if keys.kind.is_none() {
-        keys.wrong.or_missing("kind", at.clone(), "`kind = \"vhost-user\"`", problems);
+        keys.wrong.or_missing("kind", at.clone(), "`kind = \"vhost-user\"` or `kind = \"tap\"`", problems);
     }
-    if keys.socket.is_none() {
-        keys.wrong.or_missing("socket", at.clone(), "the back end's, as in `socket = \"v0.sock\"`", problems);
+    let kind = keys.kind.as_ref()?.get_ref();
+    let given = [
+        ("device", NetKind::Tap, keys.device.is_some()),
+        ("socket", NetKind::VhostUser, keys.socket.is_some()),
+        ("mode", NetKind::VhostUser, keys.mode.is_some()),
+        ("packed", NetKind::VhostUser, keys.packed.is_some()),
+        ("wait", NetKind::VhostUser, keys.wait.is_some()),
+    ];
+    for (key, of, _) in given.iter().filter(|(_, of, given)| *given && of != kind) {
+        let (of, kind) = (of.word(), kind.word());
+        problems
+            .add(at.clone(), format!("`net`: `{key}` is a key of `kind = \"{of}\"`; this one is \"{kind}\""));
     }
     let queue_size = queue_size(keys.queue_size.map(|size| (size.get_ref().get(), size.span())), problems);
+    let back = match kind {
+        NetKind::VhostUser => {
+            if keys.socket.is_none() {
+                let like = "the back end's, as in `socket = \"v0.sock\"`";
+                keys.wrong.or_missing("socket", at.clone(), like, problems);
+            }
+            NetBack::VhostUser(VhostUserConfig {
+                socket: keys.socket?.into_inner().0.into(),
+                listen: keys.mode.is_some_and(|mode| mode.into_inner() == NetMode::Server),
+                packed: keys.packed.is_some_and(Spanned::into_inner),
+                wait: keys.wait.is_none_or(Spanned::into_inner),
+            })
+        }
+        NetKind::Tap => {
+            if keys.device.is_none() {
+                let like = "the tap's, as in `device = \"tap0\"`";
+                keys.wrong.or_missing("device", at.clone(), like, problems);
+            }
+            NetBack::Tap(keys.device?.into_inner().0)
+        }
+    };
     Some(NetConfig {
         name: keys.name.map_or_else(|| format!("net{number}"), |name| name.into_inner().0),
-        socket: keys.socket?.into_inner().0.into(),
-        listen: keys.mode.is_some_and(|mode| mode.into_inner() == NetMode::Server),
+        back,
         // Locally administered, in QEMU's habit of numbering.
         mac: keys.mac.map_or([0x52, 0x54, 0, 0x12, 0x34, 0x56 + number as u8], |mac| mac.into_inner().0),
         queue_size,
         mtu: keys.mtu.map(|mtu| mtu.get_ref().get()),
-        packed: keys.packed.is_some_and(Spanned::into_inner),
-        wait: keys.wait.is_none_or(Spanned::into_inner),
     })
 }
 

@@ -33,6 +33,8 @@ words! {
     NetKind {
         /// A vhost-user back end.
         VhostUser = "vhost-user",
+        /// A tap interface of the host.
+        Tap = "tap",
     }
 
     /// What a disk's image is; never guessed: whoever writes its first bytes could choose it.

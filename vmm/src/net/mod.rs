@@ -4,6 +4,7 @@
 //! ([`session`]), so that one that answers late or never holds no vCPU; frames pass neither.
 
 mod session;
+pub(crate) mod tap;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use crossbeam::channel::{Sender, unbounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio::features;
 
-use crate::config::NetConfig;
+use crate::config::{NetConfig, VhostUserConfig};
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use session::{Command, Session};
@@ -52,9 +53,30 @@ pub enum NetError {
     /// The socket to listen on.
     #[error("`net`: {0}")]
     Socket(#[from] vhost_user::frontend::FrontEndError),
+    /// A tap.
+    #[error("`net`: {doing} of the tap {name}: {source}{hint}")]
+    Tap {
+        /// Which.
+        name: String,
+        /// What was refused.
+        doing: &'static str,
+        /// Why.
+        source: std::io::Error,
+        /// What may help.
+        hint: &'static str,
+    },
     /// No more descriptors or threads.
     #[error("`net`: {0}")]
     System(#[from] std::io::Error),
+}
+
+/// A card's configuration, whatever is behind it: address, link status, pairs of queues, MTU.
+fn configuration(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
+    let mut config = mac.to_vec();
+    config.extend(LINK_UP.to_le_bytes());
+    config.extend(1_u16.to_le_bytes());
+    config.extend(mtu.unwrap_or(0).to_le_bytes());
+    config
 }
 
 /// The card.
@@ -74,15 +96,19 @@ impl Net {
     ///
     /// # Errors
     /// The socket cannot be listened on.
-    pub(crate) fn new(config: &NetConfig, memory: Arc<GuestMemory>) -> Result<Self, NetError> {
-        let packed = if config.packed { features::RING_PACKED } else { 0 };
+    pub(crate) fn new(
+        config: &NetConfig,
+        back: &VhostUserConfig,
+        memory: Arc<GuestMemory>,
+    ) -> Result<Self, NetError> {
+        let packed = if back.packed { features::RING_PACKED } else { 0 };
         let wanted = OF_BACK_END | packed;
         let (commands, received) = unbounded();
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = Arc::new(wake.map_err(std::io::Error::from)?);
         let idle = Arc::new(AtomicBool::new(true));
         let (mut session, theirs) =
-            Session::begin(config, wanted, memory, received, wake.clone(), idle.clone())?;
+            Session::begin(config, back, wanted, memory, received, wake.clone(), idle.clone())?;
         let mtu = if config.mtu.is_some() { features::NET_MTU } else { 0 };
         let offered = theirs & wanted | features::VERSION_1 | features::NET_MAC | features::NET_STATUS | mtu;
         let thread =
@@ -120,11 +146,7 @@ impl VirtioDevice for Net {
     }
 
     fn config(&self) -> Vec<u8> {
-        let mut config = self.mac.to_vec();
-        config.extend(LINK_UP.to_le_bytes());
-        config.extend(1_u16.to_le_bytes());
-        config.extend(self.mtu.unwrap_or(0).to_le_bytes());
-        config
+        configuration(self.mac, self.mtu)
     }
 
     fn activate(&mut self, activation: Activation) {
@@ -167,7 +189,8 @@ mod tests {
         );
         let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
         let memory = Arc::new(GuestMemory::new(&config).unwrap());
-        let mut card = Net::new(&config.net[0], memory).unwrap();
+        let crate::config::NetBack::VhostUser(back) = &config.net[0].back else { panic!("not a socket") };
+        let mut card = Net::new(&config.net[0], back, memory).unwrap();
         // A driver resets a card that it finds (virtio 1.3, 3.1.1).
         card.reset();
         assert!(card.is_reset(), "there is nothing to let go of");

@@ -21,7 +21,7 @@ use virtio::features;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{NetError, QUEUES};
-use crate::config::NetConfig;
+use crate::config::{NetConfig, VhostUserConfig};
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
 
@@ -77,7 +77,8 @@ impl Session {
     /// Meets the back end; says what is waited for if it is not there. Returns what it offers of `wanted`; a card that does
     /// not wait is offered without any of it.
     pub(super) fn begin(
-        config: &NetConfig,
+        card: &NetConfig,
+        config: &VhostUserConfig,
         wanted: u64,
         memory: Arc<GuestMemory>,
         commands: Receiver<Command>,
@@ -89,10 +90,10 @@ impl Session {
             false => Meeting::There(config.socket.clone()),
         };
         let mut session = Self {
-            name: config.name.clone(),
+            name: card.name.clone(),
             meeting,
             wanted,
-            mtu: config.mtu,
+            mtu: card.mtu,
             memory,
             commands,
             wake,

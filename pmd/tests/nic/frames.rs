@@ -93,5 +93,7 @@ pub(crate) fn until(what: &str, mut step: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !step() {
         assert!(begin.elapsed() < Duration::from_secs(10), "{what}: not within ten seconds");
+        // QEMU and the test's other threads may have to share this core.
+        std::thread::yield_now();
     }
 }

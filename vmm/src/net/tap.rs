@@ -230,3 +230,41 @@ fn hint(error: &io::Error) -> &'static str {
         _ => "",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+    use crate::test_driver::{DATA, Driver};
+
+    #[test]
+    fn frames_pass_both_ways_and_what_is_no_frame_or_no_buffer_does_not() {
+        let (kernel, tap) = UnixDatagram::pair().unwrap();
+        kernel.set_nonblocking(true).unwrap();
+        tap.set_nonblocking(true).unwrap();
+        let file = Arc::new(File::from(OwnedFd::from(tap)));
+        let server = |receives| Server { receives, file: Some(file.clone()), interface: "t".to_owned() };
+        let mut driver = Driver::new();
+        let workers = Workers::new("t", &driver.for_rings(), vec![server(true), server(false)]).unwrap();
+        workers.activate(driver.activation(&[1], features::VERSION_1));
+        for (at, length, writes) in [(DATA, 11, false), (DATA, 66_001, false), (DATA, 100, true)] {
+            assert_eq!(driver.chain(&[(at, length, writes)]), 0);
+        }
+        driver.write(DATA, &[7; 72]);
+        assert_eq!(driver.chain(&[(DATA, 12, false), (DATA + 12, 60, false)]), 0);
+        let mut got = [0; 100];
+        assert_eq!(kernel.recv(&mut got).unwrap(), 72);
+        assert!(kernel.recv(&mut got).is_err(), "one frame and nothing else");
+        workers.reset();
+        driver.until("let go", |_| workers.are_idle());
+
+        workers.activate(driver.activation(&[0], features::VERSION_1));
+        assert_eq!(driver.chain(&[(DATA, 71, true)]), 0, "too small");
+        driver.put(&[(DATA, 12, true), (DATA + 12, 200, true)]);
+        kernel.send(&[9; 80]).unwrap();
+        assert_eq!(driver.wait(), 80);
+        assert_eq!(driver.read(DATA, 13), [9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 1, 0, 9]);
+    }
+}

@@ -6,6 +6,7 @@
 pub mod cpu;
 pub mod fault;
 pub mod memory;
+pub mod pci;
 pub mod signal;
 pub mod thread;
 pub mod topology;

@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod interrupt;
 mod log;
+mod nic;
 mod output;
 mod switch;
 mod vm;
@@ -29,6 +30,8 @@ enum Command {
     /// Measures a switch: rates, loss and latency by frame size.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    #[command(subcommand)]
+    Nic(nic::NicCommand),
     Switch(switch::SwitchArgs),
     Vm(Box<vm::VmArgs>),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let done = match Cableway::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Nic(command) => nic::run(command),
         Command::Switch(args) => switch::run(args),
         Command::Vm(args) => vm::run(*args),
     };

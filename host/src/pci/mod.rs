@@ -163,6 +163,12 @@ pub fn of_interface(root: &Path, name: &str) -> Option<Bdf> {
     link_name(&root.join("sys/class/net").join(name).join("device"))?.parse().ok()
 }
 
+/// Whether an interface has a link; unknown while it is switched off.
+pub fn has_link(root: &Path, interface: &str) -> Option<bool> {
+    let carrier = fs::read_to_string(root.join("sys/class/net").join(interface).join("carrier")).ok()?;
+    Some(carrier.trim() == "1")
+}
+
 /// Functions that a folder's entries are named for, in order.
 fn names_in(folder: &Path) -> impl Iterator<Item = Bdf> + use<> {
     let mut found: Vec<Bdf> = entries(folder).filter_map(|name| name.parse().ok()).collect();

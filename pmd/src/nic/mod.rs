@@ -3,6 +3,7 @@
 //! Owns the contract ([`Nic`] and its queues), the options, the words for addresses, links and errors, and the state that a
 //! card's handle shares with its queues. Knows no device.
 
+mod any;
 mod copy;
 mod counters;
 mod error;
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use port::{RxQueue, TxQueue};
 
+pub use any::driver_for;
 pub(crate) use copy::{MOST_BUFFERS, Plan, Writer, pieces};
 pub use counters::{Counter, Drops, ReceiveCounters, TransmitCounters};
 pub use error::DeviceError;

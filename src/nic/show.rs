@@ -1,0 +1,220 @@
+//! What is shown of network cards: a table, a page on one of them, JSON.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use host::pci::{self, Bdf, Function, bind};
+use serde::Serialize;
+
+use crate::output::{self, refuse};
+
+/// A card as JSON has it.
+#[derive(Serialize)]
+struct Card {
+    bdf: String,
+    vendor: String,
+    device: String,
+    /// Cableway's driver for it.
+    card: Option<&'static str>,
+    driver: Option<String>,
+    former_driver: Option<String>,
+    node: Option<u32>,
+    iommu_group: Option<u32>,
+    group_companions: Vec<String>,
+    interfaces: Vec<Interface>,
+    physical_function: Option<String>,
+    virtual_functions: Vec<String>,
+    most_virtual_functions: Option<u16>,
+    /// Whether a port can open it now.
+    drivable: bool,
+    /// What is to be done before.
+    obstacle: Option<String>,
+}
+
+/// An interface of the kernel on a card.
+#[derive(Serialize)]
+struct Interface {
+    name: String,
+    /// Whether it has a link; unknown of one that is switched off.
+    link: Option<bool>,
+    /// What would be missed if the card were taken.
+    uses: Vec<String>,
+}
+
+impl Card {
+    fn new(root: &Path, function: &Function) -> Self {
+        let texts = |list: &[Bdf]| list.iter().map(Bdf::to_string).collect();
+        let obstacle = obstacle(root, function);
+        let interface = |name: &String| Interface {
+            name: name.clone(),
+            link: pci::has_link(root, name),
+            uses: bind::uses(root, name, &bind::addresses(name)),
+        };
+        Self {
+            bdf: function.bdf.to_string(),
+            vendor: format!("{:04x}", function.vendor),
+            device: format!("{:04x}", function.device),
+            card: pmd::nic::driver_for(function.id()),
+            driver: function.driver.clone(),
+            former_driver: bind::former_driver(root, function.bdf),
+            node: function.node,
+            iommu_group: function.group,
+            group_companions: texts(&function.companions),
+            interfaces: function.interfaces.iter().map(interface).collect(),
+            physical_function: function.physical.map(|bdf| bdf.to_string()),
+            virtual_functions: texts(&function.virtuals),
+            most_virtual_functions: function.most_virtuals,
+            drivable: obstacle.is_none(),
+            obstacle,
+        }
+    }
+
+    fn interfaces(&self) -> String {
+        let shown = self.interfaces.iter().map(|interface| {
+            let link = interface.link.map_or("", |up| if up { " (link up)" } else { " (no link)" });
+            format!("{}{link}", interface.name)
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// What keeps a port from opening a card, and what to do about it; none: nothing.
+fn obstacle(root: &Path, function: &Function) -> Option<String> {
+    let Function { bdf, vendor, device, .. } = function;
+    if pmd::nic::driver_for(function.id()).is_none() {
+        return Some(format!("no driver for {vendor:04x}:{device:04x}"));
+    }
+    let Some(group) = function.group else {
+        return Some("no IOMMU: switch it on in the firmware, boot with intel_iommu=on".to_owned());
+    };
+    let others = function.in_the_way(root);
+    if !others.is_empty() {
+        return Some(format!("group {group}: bind also {}", pci::listed(&others)));
+    }
+    if function.driver.as_deref() != Some(pci::VFIO) {
+        return Some(format!("cableway nic bind {bdf}"));
+    }
+    None
+}
+
+fn or_dash(text: Option<impl ToString>) -> String {
+    text.map_or_else(|| "-".to_owned(), |text| text.to_string())
+}
+
+/// All network cards.
+///
+/// # Errors
+/// The list cannot be written.
+pub(super) fn list(root: &Path, json: bool) -> Result<ExitCode> {
+    let functions = pci::list(root);
+    let cards: Vec<Card> = functions.iter().filter(|f| f.is_network()).map(|f| Card::new(root, f)).collect();
+    if json {
+        output::print(&(serde_json::to_string_pretty(&cards)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if cards.is_empty() {
+        output::print("This machine has no network cards on PCI.\n")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let header = ["address", "device", "driver", "group", "node", "interface", "VFs", "for Cableway"];
+    let mut table = output::table(&header, &[3, 4, 6]);
+    for card in &cards {
+        let vfs = card.most_virtual_functions.map(|most| format!("{}/{most}", card.virtual_functions.len()));
+        let mut device = format!("{}:{}", card.vendor, card.device);
+        if let Some(name) = card.card {
+            write!(device, " ({name})")?;
+        }
+        table.add_row([
+            card.bdf.clone(),
+            device,
+            or_dash(card.driver.as_ref()),
+            or_dash(card.iommu_group),
+            or_dash(card.node),
+            if card.interfaces.is_empty() { "-".to_owned() } else { card.interfaces() },
+            or_dash(vfs),
+            card.obstacle.clone().unwrap_or_else(|| "ready".to_owned()),
+        ]);
+    }
+    output::print(&format!("{table}\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One function, a network card or not.
+///
+/// # Errors
+/// The page cannot be written.
+pub(super) fn info(root: &Path, bdf: Bdf, json: bool) -> Result<ExitCode> {
+    let Some(function) = pci::find(root, bdf) else {
+        return Ok(refuse(bind::BindError::Unknown(bdf)));
+    };
+    let card = Card::new(root, &function);
+    if json {
+        output::print(&(serde_json::to_string_pretty(&card)? + "\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = format!("{bdf}\n");
+    let mut line = |name: &str, value: String| writeln!(text, "  {name:<18} {value}");
+    line(
+        "device",
+        format!("{}:{} {}", card.vendor, card.device, card.card.unwrap_or("(no driver in Cableway)")),
+    )?;
+    line("driver", or_dash(card.driver.as_ref()))?;
+    if let Some(former) = &card.former_driver {
+        line("before that", former.clone())?;
+    }
+    line("memory node", or_dash(card.node))?;
+    let companions = match &*card.group_companions {
+        [] => "alone".to_owned(),
+        others => format!("with {}", others.join(" ")),
+    };
+    line("IOMMU group", card.iommu_group.map_or("-".to_owned(), |group| format!("{group}, {companions}")))?;
+    for interface in &card.interfaces {
+        let link = interface.link.map_or("", |up| if up { ", link up" } else { ", no link" });
+        let uses = interface.uses.iter().map(|u| format!(", {u}")).collect::<String>();
+        line("interface", format!("{}{link}{uses}", interface.name))?;
+    }
+    if let Some(physical) = &card.physical_function {
+        line("virtual of", physical.clone())?;
+    }
+    if let Some(most) = card.most_virtual_functions {
+        let now = card.virtual_functions.len();
+        line("virtual functions", format!("{now} of {most} {}", card.virtual_functions.join(" ")))?;
+    }
+    line("for Cableway", card.obstacle.unwrap_or_else(|| "ready".to_owned()))?;
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_keeps_a_card_from_being_driven_is_said_with_the_way_out() {
+        let root = tempfile::tempdir().unwrap();
+        let mut card = Function {
+            bdf: "0000:01:00.0".parse().unwrap(),
+            vendor: 0x8086,
+            device: 0x1234,
+            class: 0x02_0000,
+            driver: None,
+            node: None,
+            group: None,
+            companions: Vec::new(),
+            interfaces: Vec::new(),
+            physical: None,
+            virtuals: Vec::new(),
+            most_virtuals: None,
+        };
+        let say = |card: &Function| obstacle(root.path(), card);
+        assert_eq!(say(&card).unwrap(), "no driver for 8086:1234");
+        card.device = 0x10d3;
+        assert!(say(&card).unwrap().starts_with("no IOMMU"));
+        card.group = Some(4);
+        assert_eq!(say(&card).unwrap(), "cableway nic bind 0000:01:00.0");
+        card.driver = Some("vfio-pci".to_owned());
+        assert_eq!(say(&card), None);
+    }
+}

@@ -98,7 +98,8 @@ pub(crate) fn run(command: NicCommand) -> Result<ExitCode> {
                 Ok(()) => {}
             }
             let made = pci::find(root, bdf).map(|function| function.virtuals).unwrap_or_default();
-            output::print(&format!("{bdf}: {} virtual functions {}\n", made.len(), pci::listed(&made)))?;
+            let made = if made.is_empty() { "none".to_owned() } else { pci::listed(&made) };
+            output::print(&format!("{bdf}: virtual functions now: {made}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
     }

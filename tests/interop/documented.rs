@@ -27,6 +27,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lab/run -v ", "./check lab, without the serial line"),
     ("lab/run vm-", "./check lab"),
     ("lab/run nic-", "./check lab"),
+    ("cableway nic ", "./check lab, nic-bind"),
     ("CABLEWAY=$PWD/target/release/cableway cargo test --test interop", "./check qemu and others"),
     ("benches/peers/compare.py --sizes 64,1500 testpmd ovs cableway", "./check peers"),
     ("dpdk-testpmd", "the_testpmd_command_of_the_readme_exchanges_frames"),

@@ -140,11 +140,7 @@ pub fn find(root: &Path, bdf: Bdf) -> Option<Function> {
         node: number("numa_node").and_then(|n| u32::try_from(n).ok()),
         group: link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
         companions: names_in(&folder.join("iommu_group/devices")).filter(|other| *other != bdf).collect(),
-        interfaces: {
-            let mut names: Vec<String> = entries(&folder.join("net")).collect();
-            names.sort_unstable();
-            names
-        },
+        interfaces: interfaces(&folder),
         physical: link_bdf(&folder.join("physfn")),
         virtuals: (0..most_virtuals.unwrap_or(0))
             .map_while(|n| link_bdf(&folder.join(format!("virtfn{n}"))))
@@ -161,6 +157,16 @@ pub fn list(root: &Path) -> Vec<Function> {
 /// The function whose network interface is called `name`.
 pub fn of_interface(root: &Path, name: &str) -> Option<Bdf> {
     link_name(&root.join("sys/class/net").join(name).join("device"))?.parse().ok()
+}
+
+/// The network interfaces on a function, in order; those of a virtio device hang below a folder of their own (`virtio0`).
+fn interfaces(folder: &Path) -> Vec<String> {
+    let below =
+        entries(folder).filter(|name| name.starts_with("virtio")).map(|name| folder.join(name).join("net"));
+    let folders = std::iter::once(folder.join("net")).chain(below);
+    let mut names: Vec<String> = folders.flat_map(|folder| entries(&folder)).collect();
+    names.sort_unstable();
+    names
 }
 
 /// Whether an interface has a link; unknown while it is switched off.
@@ -272,6 +278,7 @@ pub(crate) mod tests {
         let card = machine.card("0000:02:00.0", 0x10c9, Some("igb"), Some(7));
         let other = machine.card("0000:02:00.1", 0x10c9, Some("igb"), Some(7));
         let vf = machine.card("0000:03:10.0", 0x10ca, None, None);
+        machine.file("sys/bus/pci/devices/0000:03:10.0/virtio3/net/eth9/address", "");
         let at = "sys/bus/pci/devices/0000:02:00.0";
         machine.file(&format!("{at}/numa_node"), "1\n");
         machine.file(&format!("{at}/net/eth0/address"), "");
@@ -287,6 +294,7 @@ pub(crate) mod tests {
         assert_eq!((found.companions, found.virtuals, found.most_virtuals), (vec![other], vec![vf], Some(7)));
         assert_eq!((found.interfaces, found.physical), (vec!["eth0".to_owned()], None));
         let found = find(machine.root(), vf).unwrap();
+        assert_eq!(found.interfaces, ["eth9"]);
         assert_eq!((found.node, found.group, found.driver, found.physical), (None, None, None, Some(card)));
         assert_eq!(of_interface(machine.root(), "eth0"), Some(card));
         assert_eq!(list(machine.root()).iter().map(|f| f.bdf).collect::<Vec<_>>(), [card, other, vf]);

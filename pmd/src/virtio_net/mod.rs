@@ -26,8 +26,7 @@ const NAME: &str = "a modern virtio network device";
 /// Network device of the 1.x specification (virtio 1.3, section 4.1.2: 0x1040 + 1), and a transitional one.
 const IDS: &[u32] = &[0x1041_1af4, 0x1000_1af4];
 
-/// Features that are used where they are offered. None of segmentation: the frames of a switch that need it are cut before. Not
-/// EVENT_IDX: a packed ring with it stopped asking for notifications under QEMU 10 while frames lay in it, and nobody here sleeps.
+/// Features that are used where they are offered. None of segmentation: the frames of a switch that need it are cut before.
 const WANTED: u64 = features::VERSION_1
     | features::NET_MAC
     | features::NET_STATUS
@@ -36,6 +35,7 @@ const WANTED: u64 = features::VERSION_1
     | features::NET_MRG_RXBUF
     | features::RING_INDIRECT_DESC
     | features::RING_PACKED
+    | features::RING_EVENT_IDX
     | features::ACCESS_PLATFORM
     | features::ORDER_PLATFORM;
 

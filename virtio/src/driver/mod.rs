@@ -13,6 +13,9 @@ mod area;
 #[cfg(all(test, loom))]
 mod loom_tests;
 mod packed;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod packed_tests;
 mod split;
 
 use std::any::Any;

@@ -133,6 +133,10 @@ pub struct PackedDriver {
     held: Option<(u16, u64)>,
     /// Descriptors offered since the last publish.
     unpublished: u16,
+    /// Descriptors published since the ring began; wraps.
+    published: u32,
+    /// The last place for which the device was notified, counted as `published` is.
+    answered: u32,
     batch: Batch,
     /// Free ids, the next one last (without IN_ORDER).
     ids: Vec<u16>,
@@ -180,6 +184,8 @@ impl PackedDriver {
             free: size,
             held: None,
             unpublished: 0,
+            published: 0,
+            answered: u32::MAX,
             batch: Batch::default(),
             ids: (0..size).rev().collect(),
             slots: vec![Slot::default(); usize::from(size)].into_boxed_slice(),
@@ -287,17 +293,36 @@ impl PackedDriver {
         let Some((at, word)) = self.held.take() else { return false };
         self.shared.set_word(at, word);
         let added = std::mem::take(&mut self.unpublished);
+        self.published = self.published.wrapping_add(added.into());
         // The descriptors before the question whether the device sleeps: it publishes its wish, then looks at the ring.
         full_fence();
         let (off_wrap, flags) = self.shared.device_event();
         if !self.event_idx || flags != EVENT_AT {
             return flags != EVENT_DISABLE;
         }
+        self.wishes(off_wrap, added)
+    }
+
+    /// Whether a device that wants to be notified of the descriptor at `off_wrap` (section 2.8.10) has to be, now that `added`
+    /// more were published: if it is among them, or came before them and was never answered.
+    ///
+    /// The specification only asks for the first. But QEMU 10's virtio-net writes where it stands, then takes what was published
+    /// meanwhile, and sleeps without writing again; it has passed its own place, and would sleep for ever
+    /// (`virtio_net_tx_complete`; for a split ring, taking a buffer moves the place on). One notification too many does no harm:
+    /// devices have to handle spurious ones.
+    fn wishes(&mut self, off_wrap: u16, added: u16) -> bool {
         let mut event = off_wrap & 0x7fff;
         if (off_wrap >> 15 != 0) != self.avail.wrap {
             event = event.wrapping_sub(self.avail.size);
         }
-        need_event(event, self.avail.at, self.avail.at.wrapping_sub(added))
+        let now = self.avail.at;
+        let place = self.published.wrapping_sub(now.wrapping_sub(event).into());
+        let is_late = || self.answered != place && need_event(event, now, now.wrapping_sub(self.avail.size));
+        let wished = need_event(event, now, now.wrapping_sub(added)) || is_late();
+        if wished {
+            self.answered = place;
+        }
+        wished
     }
 
     /// See [`super::DriverRing::reclaim`].

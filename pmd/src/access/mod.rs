@@ -102,6 +102,8 @@ pub mod config {
     pub const ID: u16 = 0x00;
     /// Command in the low half; status in the high half, where writing zeros changes nothing.
     pub const COMMAND: u16 = 0x04;
+    /// Where the list of capabilities begins (section 6.7).
+    pub const CAPABILITIES: u16 = 0x34;
     /// In [`COMMAND`]: memory regions answer.
     pub const COMMAND_MEMORY: u32 = 1 << 1;
     /// In [`COMMAND`]: the function may read and write memory.

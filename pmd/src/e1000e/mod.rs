@@ -5,11 +5,12 @@ mod regs;
 use port::{DropReason, Head};
 
 use crate::access::{Bar, Regs, WaitError, Writable};
-use crate::intel::regs::{CTRL, EEC, MRQC};
+use crate::intel::regs::{CTRL, EEC, MRQC, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical, RESET_LIMIT};
 use crate::nic::{DeviceError, Options};
 use regs::{
-    ICR, IMC, RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TIPG, TXDCTL,
+    CTRL_EXT, EIAC, ICR, IMC, IMS, IVAR, RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH,
+    TDLEN, TDT, TIPG, TXDCTL,
 };
 
 /// An 82574L.
@@ -42,6 +43,21 @@ impl Card for I82574 {
     #[inline(always)]
     fn receive_tail(_: u32) -> impl Writable {
         RDT(0)
+    }
+
+    /// Of five (datasheet 7.4.1.2).
+    fn vector(_: u32) -> u16 {
+        0
+    }
+
+    fn arm<B: Bar>(regs: &Regs<B>, _: u32) {
+        regs.write(ICR, ICR::RXQ0);
+        regs.write(IMS, IMS::RXQ0);
+        regs.flush(STATUS);
+    }
+
+    fn disarm<B: Bar>(regs: &Regs<B>, _: u32) {
+        regs.write(IMC, IMC::RXQ0);
     }
 
     #[inline(always)]
@@ -89,6 +105,10 @@ impl Physical for I82574 {
     fn prepare<B: Bar>(regs: &Regs<B>, _: &Options) -> Result<(), DeviceError> {
         regs.set(CTRL, CTRL::ASDE);
         regs.write_number(MRQC, 0);
+        // The queue's vector; its message clears the cause. None is enabled.
+        regs.set(CTRL_EXT, CTRL_EXT::PBA_SUPPORT);
+        regs.write(IVAR, IVAR::RXQ0.is(Self::vector(0).into()) | IVAR::RXQ0_VALID);
+        regs.write(EIAC, EIAC::RXQ0);
         regs.set(RFCTL, RFCTL::EXSTEN);
         // The values that 10.2.6.2 names for copper.
         regs.write(TIPG, TIPG::IPGT.is(8) | TIPG::IPGR1.is(8) | TIPG::IPGR2.is(6));

@@ -3,10 +3,18 @@
 use crate::registers;
 
 registers! {
-    /// Interrupt cause, cleared by reading (10.2.4.1).
-    ICR @ 0x00C0 ro {}
+    /// Extended device control (10.2.2.5): pending bits as MSI-X has them.
+    CTRL_EXT @ 0x0018 rw { 31 => PBA_SUPPORT }
+    /// Interrupt cause, cleared by reading, or by writing ones (10.2.4.1).
+    ICR @ 0x00C0 rw { 20 => RXQ0 }
+    /// Interrupt mask set (10.2.4.5).
+    IMS @ 0x00D0 rw { 20 => RXQ0 }
     /// Interrupt mask clear (10.2.4.6).
-    IMC @ 0x00D8 wo {}
+    IMC @ 0x00D8 wo { 20 => RXQ0 }
+    /// Causes that their message clears (10.2.4.7).
+    EIAC @ 0x00DC rw { 20 => RXQ0 }
+    /// The vectors of causes (10.2.4.9).
+    IVAR @ 0x00E4 rw { 0..=2 => RXQ0, 3 => RXQ0_VALID }
 
     /// Receive descriptor base, length, head and tail (10.2.5.5 ff.), one of each for both queues.
     RDBAL @ 0x2800 + 0x100 * queue rw {}

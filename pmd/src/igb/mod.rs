@@ -7,12 +7,12 @@ use std::time::Duration;
 use port::{DropReason, Head};
 
 use crate::access::{Bar, Regs, WaitError, Writable};
-use crate::intel::regs::{EEC, MRQC, RXCSUM};
+use crate::intel::regs::{EEC, MRQC, RXCSUM, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical};
 use crate::nic::{DeviceError, Options};
 use regs::{
-    EIMC, ICR, IMC, MDIC, RDBAH, RDBAL, RDH, RDLEN, RDT, RETA, RLPML, RSSRK, RXDCTL, SRRCTL, TDBAH, TDBAL,
-    TDH, TDLEN, TDT, TXDCTL,
+    EIAC, EICR, EIMC, EIMS, GPIE, ICR, IMC, IVAR, MDIC, RDBAH, RDBAL, RDH, RDLEN, RDT, RETA, RLPML, RSSRK,
+    RXDCTL, SRRCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TXDCTL,
 };
 
 /// An 82576, as a physical function.
@@ -59,6 +59,22 @@ impl Card for I82576 {
     #[inline(always)]
     fn receive_tail(queue: u32) -> impl Writable {
         RDT(queue)
+    }
+
+    /// The first is for the device's own affairs; queues share the nine others (datasheet 7.3.1).
+    fn vector(queue: u32) -> u16 {
+        1 + (queue % 9) as u16
+    }
+
+    fn arm<B: Bar>(regs: &Regs<B>, queue: u32) {
+        let bit = 1 << Self::vector(queue);
+        regs.write_number(EICR, bit);
+        regs.write_number(EIMS, bit);
+        regs.flush(STATUS);
+    }
+
+    fn disarm<B: Bar>(regs: &Regs<B>, queue: u32) {
+        regs.write_number(EIMC, 1 << Self::vector(queue));
     }
 
     #[inline(always)]
@@ -158,6 +174,9 @@ impl Physical for I82576 {
     fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<(), DeviceError> {
         negotiate(regs)?;
         regs.write_number(RLPML, options.longest() + 4);
+        // Each vector is a cause of its own, which its message clears; none is enabled (datasheet 7.3.1, 8.8).
+        regs.write(GPIE, GPIE::MULTIPLE_MSIX | GPIE::PBA_SUPPORT | GPIE::NSICR);
+        regs.write_number(EIAC, 0x3ff);
         if options.queues == 1 {
             regs.write_number(MRQC, 0);
             return Ok(());
@@ -195,6 +214,10 @@ impl Physical for I82576 {
         // WTHRESH 0: descriptors are written back one by one, so that the last frame of a burst is seen at once.
         regs.write(RXDCTL(queue), RXDCTL::ENABLE | RXDCTL::PTHRESH.is(16) | RXDCTL::HTHRESH.is(8));
         regs.wait_set(RXDCTL(queue), RXDCTL::ENABLE, QUEUE_LIMIT)?;
+        // Datasheet 7.3.1.2: a byte for receive and one for transmit, first of the queues 0 to 7, then of 8 to 15. Bit 7: valid.
+        let (pair, shift) = (IVAR(queue % 8), queue / 8 * 16);
+        let others = regs.read(pair) & !(0xffff << shift);
+        regs.write_number(pair, others | (u32::from(Self::vector(queue)) | 0x80) << shift);
         Ok(())
     }
 

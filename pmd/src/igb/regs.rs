@@ -10,8 +10,15 @@ registers! {
     ICR @ 0x1500 ro {}
     /// Interrupt mask clear (8.8).
     IMC @ 0x150C wo {}
-    /// Extended interrupt mask clear (8.8).
+    /// General purpose interrupt enable (8.8).
+    GPIE @ 0x1514 rw { 0 => NSICR, 4 => MULTIPLE_MSIX, 31 => PBA_SUPPORT }
+    /// Extended interrupt mask: set, clear; which causes a message clears; causes, cleared by writing ones. A bit is a vector (8.8).
+    EIMS @ 0x1524 rw {}
     EIMC @ 0x1528 wo {}
+    EIAC @ 0x152C rw {}
+    EICR @ 0x1580 rw {}
+    /// Vectors of queues `pair` (receive, transmit) and `pair` + 8 (8.8).
+    IVAR @ 0x1700 + 4 * pair rw {}
 
     /// Longest frame that is received, with FCS (8.10).
     RLPML @ 0x5004 rw {}

@@ -52,6 +52,16 @@ pub trait Card: Send + Sync + 'static {
     /// Receive descriptor tail.
     fn receive_tail(queue: u32) -> impl Writable;
 
+    /// The vector that tells of frames in receive queue `queue`.
+    fn vector(queue: u32) -> u16;
+
+    /// That vector's interrupt comes once, at the next frame: what caused it before is forgotten. Has arrived at the device when
+    /// it returns.
+    fn arm<B: Bar>(regs: &Regs<B>, queue: u32);
+
+    /// It does not come any more.
+    fn disarm<B: Bar>(regs: &Regs<B>, queue: u32);
+
     /// Transmit descriptor tail.
     fn transmit_tail(queue: u32) -> impl Writable;
 

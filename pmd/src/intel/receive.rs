@@ -496,6 +496,27 @@ impl<D: PciDevice, C: Card> ReceiveQueue for Receive<D, C> {
     fn tag(&self, i: usize) -> Option<u16> {
         self.tags.get(i).copied().flatten()
     }
+
+    fn vector(&self) -> Option<u16> {
+        Some(C::vector(self.queue))
+    }
+
+    fn arm(&mut self) -> bool {
+        if !self.core.state.runs() {
+            return true;
+        }
+        C::arm(self.core.regs(), self.queue);
+        // Who was told of a frame before may have been told of this one: it is in the ring by now.
+        let waits = self.peek() > 0;
+        if waits {
+            self.disarm();
+        }
+        waits
+    }
+
+    fn disarm(&mut self) {
+        C::disarm(self.core.regs(), self.queue);
+    }
 }
 
 impl<D: PciDevice, C: Card> Drop for Receive<D, C> {

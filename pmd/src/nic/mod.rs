@@ -122,6 +122,17 @@ pub trait ReceiveQueue: RxQueue + Send + 'static {
 
     /// The VLAN tag that the device took off frame `i` of the burst polled last, where it does that.
     fn tag(&self, i: usize) -> Option<u16>;
+
+    /// The device's interrupt that tells of frames in this queue: a number in its table of MSI-X vectors. None if there is none,
+    /// and the queue can only be polled.
+    fn vector(&self) -> Option<u16>;
+
+    /// For who polls and is about to sleep: [`ReceiveQueue::vector`] tells of the next frame. True if frames wait already, or no
+    /// interrupt would come; then nothing was changed, and who sleeps now may sleep for long.
+    fn arm(&mut self) -> bool;
+
+    /// For who has slept: no more interrupts. One may still be on its way.
+    fn disarm(&mut self);
 }
 
 /// The transmit side of a card's queue pair. One thread uses it at a time.

@@ -16,7 +16,7 @@ const WINDOW: u64 = 16 << 20;
 
 /// The device of a [`super::Machine`].
 pub struct Function {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     name: String,
     bars: [Option<(u64, u32)>; 6],
 }
@@ -71,6 +71,11 @@ impl Function {
         }
         write(DEVICE + u64::from(config::COMMAND), u64::from(config::COMMAND_MEMORY));
         Ok(Self { shared: shared.clone(), name: name.to_owned(), bars })
+    }
+
+    /// Where region `index` begins in the machine's memory.
+    pub(super) fn region(&self, index: u8) -> Option<u64> {
+        self.bars.get(usize::from(index)).copied().flatten().map(|(base, _)| base)
     }
 
     /// Powers the root port's slot off, as the guest's answer to its attention button (PCI Express 4.0, section 7.5.3.10).

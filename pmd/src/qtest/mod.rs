@@ -18,6 +18,7 @@
 mod function;
 mod protocol;
 mod qmp;
+mod vectors;
 mod wire;
 
 use std::fs;

@@ -103,9 +103,9 @@ impl<D: PciDevice<Bar: NarrowBar>> Nic for VirtioNet<D> {
         let headers = Block::new(arena, HEADER_STRIDE * usize::from(transmit_size))?;
         let receive_ring = receive_memory.ring(Direction::Write, negotiated)?;
         let transmit_ring = transmit_memory.ring(Direction::Read, negotiated)?;
-        let doorbells = (
-            registers.start_queue(0, receive_size, receive_memory.areas()),
-            registers.start_queue(1, transmit_size, transmit_memory.areas()),
+        let started = (
+            registers.start_queue(0, receive_size, receive_memory.areas(), Some(0)),
+            registers.start_queue(1, transmit_size, transmit_memory.areas(), None),
         );
         core.let_loose();
         registers.set_status(ready | status::DRIVER_OK);
@@ -115,7 +115,7 @@ impl<D: PciDevice<Bar: NarrowBar>> Nic for VirtioNet<D> {
         let mut receive = Receive::new(
             core.clone(),
             receive_ring,
-            (0, doorbells.0),
+            (0, started.0),
             has(features::NET_MRG_RXBUF),
             max,
             receive_pool,
@@ -123,7 +123,7 @@ impl<D: PciDevice<Bar: NarrowBar>> Nic for VirtioNet<D> {
         receive.refill();
         let how = Use {
             number: 1,
-            doorbell: doorbells.1,
+            doorbell: started.1.doorbell,
             indirect: has(features::RING_INDIRECT_DESC),
             finishes: has(features::NET_CSUM),
             max,

@@ -68,6 +68,13 @@ pub(super) struct Registers<B> {
 /// Where a queue is told of new buffers.
 pub(super) struct Doorbell(u32);
 
+/// A queue that was set up.
+pub(super) struct Started {
+    pub(super) doorbell: Doorbell,
+    /// The interrupt that tells of used buffers, if the device has it.
+    pub(super) vector: Option<u16>,
+}
+
 impl<B: NarrowBar> Registers<B> {
     /// Finds the structures by the capabilities of the configuration space (4.1.4).
     pub(super) fn find<D: PciDevice<Bar = B>>(device: &D) -> Result<Self, AccessError> {
@@ -169,12 +176,14 @@ impl<B: NarrowBar> Registers<B> {
         bar.read16(at + common::QUEUE_SIZE)
     }
 
-    /// Sets `queue` up: descriptors, driver area, device area (4.1.5.1.3). Without interrupts.
-    pub(super) fn start_queue(&self, queue: u16, size: u16, areas: [u64; 3]) -> Doorbell {
+    /// Sets `queue` up: descriptors, driver area, device area (4.1.5.1.3); interrupts by `vector`.
+    pub(super) fn start_queue(&self, queue: u16, size: u16, areas: [u64; 3], vector: Option<u16>) -> Started {
         let (bar, at) = &self.common;
         bar.write16(at + common::QUEUE_SELECT, queue);
         bar.write16(at + common::QUEUE_SIZE, size);
-        bar.write16(at + common::QUEUE_MSIX_VECTOR, NO_VECTOR);
+        bar.write16(at + common::QUEUE_MSIX_VECTOR, vector.unwrap_or(NO_VECTOR));
+        // A device that cannot says so (4.1.5.1.2.2).
+        let vector = vector.filter(|&v| bar.read16(at + common::QUEUE_MSIX_VECTOR) == v);
         for (field, area) in
             [common::QUEUE_DESC, common::QUEUE_DRIVER, common::QUEUE_DEVICE].into_iter().zip(areas)
         {
@@ -184,7 +193,8 @@ impl<B: NarrowBar> Registers<B> {
         let doorbell = u32::from(bar.read16(at + common::QUEUE_NOTIFY_OFF)).saturating_mul(self.multiplier);
         bar.write16(at + common::QUEUE_ENABLE, 1);
         // A device that names a place outside of its own structure is not told there.
-        Doorbell(if doorbell <= self.notify_len - 2 { self.notify.1 + doorbell } else { u32::MAX })
+        let at = if doorbell <= self.notify_len - 2 { self.notify.1 + doorbell } else { u32::MAX };
+        Started { doorbell: Doorbell(at), vector }
     }
 
     /// Tells the device of new buffers in `queue` (4.1.5.2).
@@ -267,8 +277,8 @@ mod tests {
         for (notify_off, wanted) in [(0, 0x200), (3, 0x20c), (4, u32::MAX), (0xffff, u32::MAX)] {
             let told = Told { notify_off, ..Told::default() };
             let registers = registers(told.clone());
-            let doorbell = registers.start_queue(1, 64, [0; 3]);
-            registers.ring(&doorbell, 1);
+            let started = registers.start_queue(1, 64, [0; 3], None);
+            registers.ring(&started.doorbell, 1);
             assert_eq!(told.written.lock().unwrap().last(), Some(&(wanted, 1)), "{notify_off}");
         }
     }

@@ -14,7 +14,7 @@ use virtio::memory::copy::{full_fence, read_head, read_net_header};
 use virtio::net::HEADER_LEN;
 
 use super::core::Core;
-use super::pci::Doorbell;
+use super::pci::{Doorbell, Started};
 use crate::access::{NarrowBar, PciDevice};
 use crate::dma::{BUFFER, Pool, Stack};
 use crate::nic::{DeviceError, MOST_BUFFERS, ReceiveCounters, ReceiveQueue};
@@ -34,6 +34,7 @@ pub struct Receive<D: PciDevice<Bar: NarrowBar>> {
     ring: ManuallyDrop<DriverRing>,
     number: u16,
     doorbell: Doorbell,
+    vector: Option<u16>,
     /// Buffers that the device has used and that are in no frame yet, and the bytes that it wrote.
     used: VecDeque<(u32, u32)>,
     /// Buffers of the current burst.
@@ -52,7 +53,7 @@ impl<D: PciDevice<Bar: NarrowBar>> Receive<D> {
     pub(super) fn new(
         core: Arc<Core<D>>,
         ring: DriverRing,
-        (number, doorbell): (u16, Doorbell),
+        (number, Started { doorbell, vector }): (u16, Started),
         mergeable: bool,
         max: u32,
         mut pool: Pool,
@@ -63,6 +64,7 @@ impl<D: PciDevice<Bar: NarrowBar>> Receive<D> {
             ring: ManuallyDrop::new(ring),
             number,
             doorbell,
+            vector,
             used: VecDeque::with_capacity(size + MAX_BURST),
             lent: Vec::with_capacity(size + MAX_BURST),
             mark,
@@ -243,6 +245,25 @@ impl<D: PciDevice<Bar: NarrowBar>> ReceiveQueue for Receive<D> {
 
     fn tag(&self, _: usize) -> Option<u16> {
         None
+    }
+
+    fn vector(&self) -> Option<u16> {
+        self.vector
+    }
+
+    fn arm(&mut self) -> bool {
+        if !self.core.state.runs() || self.vector.is_none() || !self.used.is_empty() {
+            return true;
+        }
+        let waits = self.ring.request_notification();
+        if waits {
+            self.disarm();
+        }
+        waits
+    }
+
+    fn disarm(&mut self) {
+        self.ring.suppress_notifications();
     }
 }
 

@@ -6,4 +6,5 @@
 
 mod adapters;
 mod frames;
+mod interrupts;
 mod queues;

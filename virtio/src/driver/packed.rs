@@ -332,46 +332,68 @@ impl PackedDriver {
     #[inline(always)]
     pub fn reclaim(&mut self, max: usize, mut each: impl FnMut(u32, u32)) -> Result<usize, DriverFault> {
         let mut done = 0;
-        while done < max {
-            if self.batch.left > 0 {
+        loop {
+            while self.batch.left > 0 && done < max {
                 let (token, len) = self.next_of_batch();
                 each(token, len);
                 done += 1;
-                continue;
             }
-            let (len, id, flags) = self.shared.word(self.used);
-            if !self.used.is_used(flags) {
-                break;
+            let (n, skipped) = self.take_used(max - done, &mut each);
+            done += n;
+            match skipped? {
+                Some((id, len)) => self.begin_batch(id, len)?,
+                None => return Ok(done),
             }
-            if self.in_order && id != self.used.at {
-                self.begin_batch(id, len)?;
-                continue;
-            }
-            let (token, len) = self.take(id, len)?;
-            each(token, len);
-            done += 1;
         }
-        Ok(done)
     }
 
-    /// Takes back buffer `id` with `len` bytes written.
+    /// Takes back at most `max` buffers whose used descriptors come one by one. Also the id and length of the used descriptor
+    /// of a batch, where one ended it.
+    ///
+    /// The position stays in registers until the end: written and read back for every frame it costs more than the rest.
     #[inline(always)]
-    fn take(&mut self, id: u16, len: u32) -> Result<(u32, u32), DriverFault> {
-        let slot = match self.slots.get_mut(usize::from(id)) {
-            Some(slot) if slot.span != 0 => slot,
-            _ => return Err(DriverFault::UsedId { id: u32::from(id) }),
-        };
-        if self.direction == Direction::Write && len > slot.writable {
-            return Err(DriverFault::UsedLen { id, len, capacity: slot.writable });
+    fn take_used(
+        &mut self,
+        max: usize,
+        each: &mut impl FnMut(u32, u32),
+    ) -> (usize, Result<Option<(u16, u32)>, DriverFault>) {
+        let mut p = self.used;
+        let mut free = self.free;
+        let mut done = 0;
+        let mut end = Ok(None);
+        while done < max {
+            let (len, id, flags) = self.shared.word(p);
+            if !p.is_used(flags) {
+                break;
+            }
+            if self.in_order && id != p.at {
+                end = Ok(Some((id, len)));
+                break;
+            }
+            let slot = match self.slots.get_mut(usize::from(id)) {
+                Some(slot) if slot.span != 0 => slot,
+                _ => {
+                    end = Err(DriverFault::UsedId { id: u32::from(id) });
+                    break;
+                }
+            };
+            if self.direction == Direction::Write && len > slot.writable {
+                end = Err(DriverFault::UsedLen { id, len, capacity: slot.writable });
+                break;
+            }
+            let span = std::mem::take(&mut slot.span);
+            let token = slot.token;
+            p = p.advanced(span);
+            free += span;
+            if !self.in_order {
+                self.ids.push(id);
+            }
+            each(token, if self.direction == Direction::Write { len } else { 0 });
+            done += 1;
         }
-        let span = std::mem::take(&mut slot.span);
-        let token = slot.token;
-        self.used = self.used.advanced(span);
-        self.free += span;
-        if !self.in_order {
-            self.ids.push(id);
-        }
-        Ok((token, if self.direction == Direction::Write { len } else { 0 }))
+        self.used = p;
+        self.free = free;
+        (done, end)
     }
 
     /// The device skipped ahead: buffer `id` is the last of a batch (section 2.8.9). Its first is at the used position.

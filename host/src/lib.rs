@@ -10,3 +10,4 @@ pub mod pci;
 pub mod signal;
 pub mod thread;
 pub mod topology;
+pub mod vfio;

@@ -1,0 +1,156 @@
+//! PCI functions in the hands of this process: VFIO, by groups and a container with a type 1 IOMMU.
+//!
+//! Owns how a function is opened, reset, mapped and given back, and what each refusal means ([`VfioError`]). Knows no device and
+//! no driver. [`Container`] is an address space for memory; [`Device`] is a function opened in one.
+//!
+//! The kernel's side is Documentation/driver-api/vfio.rst and include/uapi/linux/vfio.h of Linux 6.12. Structures come from the
+//! crate vfio-bindings; the calls are made here, as vfio-ioctls knows no tokens of virtual functions and shares no container
+//! among functions of one group that come and go.
+//!
+//! When the process ends, however it ends, the kernel turns interrupts and bus mastering off and resets the function.
+
+mod addresses;
+mod container;
+mod device;
+mod sys;
+
+use std::io;
+
+pub use container::Container;
+pub use device::{Device, Interrupt, Region};
+pub use sys::REQUESTS;
+
+use crate::pci::{Bdf, listed};
+
+/// Where VFIO's files are.
+pub const FOLDER: &str = "/dev/vfio";
+
+/// Why a function cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum VfioError {
+    /// Not there.
+    #[error("there is no PCI function {0}; `cableway nic list` shows what there is")]
+    Unknown(Bdf),
+    /// No IOMMU protects memory from it.
+    #[error(
+        "{0} is in no IOMMU group: switch the IOMMU on (VT-d or AMD-Vi in the firmware's settings; `intel_iommu=on` on the \
+         kernel's command line for Intel)"
+    )]
+    NoIommu(Bdf),
+    /// The kernel's part is not there.
+    #[error("this machine has no {FOLDER}/vfio ({0}): modprobe vfio-pci vfio_iommu_type1")]
+    NoVfio(io::Error),
+    /// The kernel's part is another one.
+    #[error("{FOLDER}/vfio knows no IOMMU of type 1, version 2: modprobe vfio_iommu_type1")]
+    NoType1,
+    /// It has another driver.
+    #[error("{bdf} is not bound to vfio-pci ({}): cableway nic bind {bdf}", .driver.as_deref().map_or("it has no driver".to_owned(), |d| format!("its driver is {d}")))]
+    NotBound {
+        /// The function.
+        bdf: Bdf,
+        /// Its driver.
+        driver: Option<String>,
+    },
+    /// Others of the group are with the kernel.
+    #[error(
+        "{bdf}: IOMMU group {group} also holds {}, which the kernel drives; bind them too: cableway nic bind {}",
+        listed(others),
+        listed(others)
+    )]
+    GroupNotViable {
+        /// The function.
+        bdf: Bdf,
+        /// Its group.
+        group: u32,
+        /// Those in the way.
+        others: Vec<Bdf>,
+    },
+    /// Another process has it.
+    #[error("{bdf} is in use: another process has {FOLDER}/{group} (fuser {FOLDER}/{group} shows which)")]
+    Busy {
+        /// The function.
+        bdf: Bdf,
+        /// Its group.
+        group: u32,
+    },
+    /// This process may not have it.
+    #[error("{bdf}: {FOLDER}/{group} is not permitted to this process: chown it to its user")]
+    Forbidden {
+        /// The function.
+        bdf: Bdf,
+        /// Its group.
+        group: u32,
+    },
+    /// A virtual function whose physical one is also with vfio-pci.
+    #[error(
+        "{bdf} is a virtual function of {physical}, which is with vfio-pci: give the token that the user of {physical} set, \
+         as in `vf_token = \"2ab74924-c335-45f4-9b16-8569e5b08258\"`"
+    )]
+    Token {
+        /// The function.
+        bdf: Bdf,
+        /// The physical function.
+        physical: Bdf,
+    },
+    /// The process may pin too little memory.
+    #[error(
+        "cannot pin {} MiB of memory for devices, the limit is {} MiB: ulimit -l {}, or LimitMEMLOCK={}M in the service's unit",
+        .needed.div_ceil(1 << 20), .limit >> 20, .needed.div_ceil(1 << 10), .needed.div_ceil(1 << 20)
+    )]
+    Memlock {
+        /// Bytes, with those that are pinned already.
+        needed: u64,
+        /// RLIMIT_MEMLOCK, bytes.
+        limit: u64,
+    },
+    /// The IOMMU has no place for so much.
+    #[error("the IOMMU has no {0} bytes of addresses left for devices")]
+    NoAddresses(u64),
+    /// No function is open.
+    #[error("memory cannot be mapped before a device is open")]
+    Empty,
+    /// A region that cannot be reached by loads and stores.
+    #[error(
+        "{bdf}: memory region {index} cannot be mapped (it is not there, or shares a page with interrupt vectors)"
+    )]
+    Region {
+        /// The function.
+        bdf: Bdf,
+        /// Number of the region.
+        index: u32,
+    },
+    /// The kernel refused a step.
+    #[error("{what}: {doing}: {source}")]
+    Kernel {
+        /// The function or the container.
+        what: String,
+        /// What was being done.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl VfioError {
+    /// Whether it may be otherwise in a moment: a function whose former user is just ending, or that is just being bound.
+    pub fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Unknown(_) | Self::NotBound { .. } | Self::GroupNotViable { .. } | Self::Busy { .. }
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_too_small_is_told_with_the_number_and_the_command() {
+        let text = VfioError::Memlock { needed: (64 << 20) + 1, limit: 8 << 20 }.to_string();
+        assert_eq!(
+            text,
+            "cannot pin 65 MiB of memory for devices, the limit is 8 MiB: ulimit -l 65537, or LimitMEMLOCK=65M in the service's unit"
+        );
+    }
+}

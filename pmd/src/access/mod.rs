@@ -8,6 +8,7 @@
 
 mod mmio;
 mod registers;
+pub mod vfio;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,16 +1,178 @@
-//! A card of whichever kind there is a driver for.
+//! A card of whichever kind there is a driver for, opened by VFIO: the list of drivers.
+//!
+//! Which one it is, is looked at once per burst.
 
-use super::Nic;
+use std::sync::Arc;
+use std::time::Duration;
+
+use port::{Burst, BurstBuffer, DropReason, FrameSet, Release, RxQueue, Scratch, TagEdit, TxQueue};
+
+use super::{
+    DeviceError, Filter, Link, Mac, Nic, Opened, Options, ReceiveCounters, ReceiveQueue, TransmitCounters,
+    TransmitQueue,
+};
+use crate::access::vfio::VfioFunction;
+use crate::access::{PciDevice, config};
+use crate::dma::Arena;
 use crate::e1000e::E1000e;
 use crate::igb::Igb;
-use crate::qtest::Function;
 use crate::virtio_net::VirtioNet;
 
-/// What the card is called whose PCI function has this identifier (device in the high half, vendor in the low); none where
-/// there is no driver for it.
-pub fn driver_for(id: u32) -> Option<&'static str> {
-    fn of<N: Nic>(id: u32) -> Option<&'static str> {
-        N::IDS.contains(&id).then_some(N::NAME)
+/// A card that was opened, as [`Opened`].
+pub struct OpenedAny {
+    /// For housekeeping.
+    pub nic: AnyNic,
+    /// As many as [`Options::queues`].
+    pub receive: Vec<AnyReceive>,
+    /// As many as [`Options::queues`].
+    pub transmit: Vec<AnyTransmit>,
+}
+
+macro_rules! drivers {
+    ($($name:ident: $driver:ident,)+) => {
+        /// A card's handle ([`Nic`]).
+        #[allow(missing_docs)]
+        pub enum AnyNic { $($name($driver<VfioFunction>),)+ }
+
+        /// A card's receive queue.
+        #[allow(missing_docs)]
+        pub enum AnyReceive { $($name(<$driver<VfioFunction> as Nic>::Receive),)+ }
+
+        /// A card's transmit queue.
+        #[allow(missing_docs)]
+        pub enum AnyTransmit { $($name(<$driver<VfioFunction> as Nic>::Transmit),)+ }
+
+        /// What the card is called whose PCI function has this identifier (device in the high half, vendor in the low); none
+        /// where there is no driver for it.
+        pub fn driver_for(id: u32) -> Option<&'static str> {
+            $(if $driver::<VfioFunction>::IDS.contains(&id) {
+                return Some($driver::<VfioFunction>::NAME);
+            })+
+            None
+        }
+
+        /// Starts the card that `function` is.
+        ///
+        /// # Errors
+        /// There is no driver for it, or see [`Nic::open`].
+        pub fn open(
+            function: Arc<VfioFunction>,
+            arena: &Arc<Arena>,
+            options: Options,
+        ) -> Result<OpenedAny, DeviceError> {
+            let id = function.config_read(config::ID);
+            $(if $driver::<VfioFunction>::IDS.contains(&id) {
+                let Opened { nic, receive, transmit } = $driver::open(function, arena, options)?;
+                return Ok(OpenedAny {
+                    nic: AnyNic::$name(nic),
+                    receive: receive.into_iter().map(AnyReceive::$name).collect(),
+                    transmit: transmit.into_iter().map(AnyTransmit::$name).collect(),
+                });
+            })+
+            Err(DeviceError::NoDriver { vendor: id as u16, device: (id >> 16) as u16 })
+        }
+
+        /// Does the same with whichever it is.
+        macro_rules! each {
+            ($kind:ident, $queue:expr, $one:ident => $act:expr) => {
+                match $queue { $($kind::$name($one) => $act,)+ }
+            };
+        }
+    };
+}
+
+drivers! {
+    E1000e: E1000e,
+    Igb: Igb,
+    VirtioNet: VirtioNet,
+}
+
+impl AnyNic {
+    /// As [`Nic::mac`].
+    pub fn mac(&self) -> Mac {
+        each!(AnyNic, self, nic => nic.mac())
     }
-    of::<E1000e<Function>>(id).or_else(|| of::<Igb<Function>>(id)).or_else(|| of::<VirtioNet<Function>>(id))
+
+    /// As [`Nic::set_filter`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_filter(&mut self, filter: &Filter) -> Result<(), DeviceError> {
+        each!(AnyNic, self, nic => nic.set_filter(filter))
+    }
+
+    /// As [`Nic::link`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn link(&mut self) -> Result<Link, DeviceError> {
+        each!(AnyNic, self, nic => nic.link())
+    }
+
+    /// As [`Nic::wait_for_link`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn wait_for_link(&mut self, limit: Duration) -> Result<Link, DeviceError> {
+        each!(AnyNic, self, nic => nic.wait_for_link(limit))
+    }
+
+    /// As [`Nic::statistics`].
+    pub fn statistics(&mut self) -> Vec<(&'static str, u64)> {
+        each!(AnyNic, self, nic => nic.statistics())
+    }
+}
+
+impl AnyReceive {
+    /// As [`ReceiveQueue::counters`].
+    pub fn counters(&self) -> Arc<ReceiveCounters> {
+        each!(AnyReceive, self, queue => queue.counters())
+    }
+}
+
+impl RxQueue for AnyReceive {
+    #[inline(always)]
+    fn peek(&mut self) -> usize {
+        each!(AnyReceive, self, queue => queue.peek())
+    }
+
+    #[inline(always)]
+    fn poll<'q>(&'q mut self, buffer: &'q mut BurstBuffer) -> Burst<'q> {
+        each!(AnyReceive, self, queue => queue.poll(buffer))
+    }
+}
+
+impl Release for AnyReceive {
+    #[inline(always)]
+    fn release(&mut self) {
+        each!(AnyReceive, self, queue => queue.release());
+    }
+
+    fn dropped(&mut self, set: FrameSet, reason: DropReason) {
+        each!(AnyReceive, self, queue => queue.dropped(set, reason));
+    }
+}
+
+impl AnyTransmit {
+    /// As [`TransmitQueue::counters`].
+    pub fn counters(&self) -> Arc<TransmitCounters> {
+        each!(AnyTransmit, self, queue => queue.counters())
+    }
+}
+
+impl TxQueue for AnyTransmit {
+    #[inline(always)]
+    fn prepare(&mut self, frames: usize) {
+        each!(AnyTransmit, self, queue => queue.prepare(frames));
+    }
+
+    #[inline(always)]
+    fn send(&mut self, burst: &Burst<'_>, set: FrameSet, edit: TagEdit, scratch: &mut Scratch) {
+        each!(AnyTransmit, self, queue => queue.send(burst, set, edit, scratch));
+    }
+
+    #[inline(always)]
+    fn notify(&mut self) {
+        each!(AnyTransmit, self, queue => queue.notify());
+    }
 }

@@ -17,6 +17,10 @@ pub enum DeviceError {
     Arena(#[from] ArenaError),
     #[error("PCI device {vendor:04x}:{device:04x} is not {card}; use the driver for that device")]
     Unknown { vendor: u16, device: u16, card: &'static str },
+    #[error(
+        "there is no driver for PCI device {vendor:04x}:{device:04x}; docs/drivers.md lists those that there are"
+    )]
+    NoDriver { vendor: u16, device: u16 },
     #[error("the arena is mapped for other devices: make one with this device's IOVA space")]
     OtherSpace,
     #[error("a ring of {0} descriptors: give a power of two, 64 to 4096")]

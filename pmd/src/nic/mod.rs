@@ -7,6 +7,7 @@ mod any;
 mod copy;
 mod counters;
 mod error;
+mod single;
 mod state;
 
 use std::sync::Arc;
@@ -14,10 +15,11 @@ use std::time::Duration;
 
 use port::{RxQueue, TxQueue};
 
-pub use any::driver_for;
+pub use any::{AnyNic, AnyReceive, AnyTransmit, OpenedAny, driver_for, open};
 pub(crate) use copy::{MOST_BUFFERS, Plan, Writer, pieces};
 pub use counters::{Counter, Drops, ReceiveCounters, TransmitCounters};
 pub use error::DeviceError;
+pub use single::Single;
 pub(crate) use state::State;
 
 use crate::access::PciDevice;

@@ -133,6 +133,7 @@ fn behind(port: &PortConfig) -> String {
             }
         }
         Behind::Tap { device } => format!("be the tap {device}"),
+        Behind::Nic { device, .. } => format!("drive the card {device}"),
         Behind::Packet { device } => format!("share the interface {device}"),
         Behind::Pcap(files) => {
             let path = |file: &PathBuf| file.display().to_string();

@@ -41,6 +41,8 @@ bitflags::bitflags! {
         const TUN = 1;
         /// Packet sockets.
         const PACKET = 1 << 1;
+        /// Network cards.
+        const VFIO = 1 << 2;
     }
 }
 
@@ -53,6 +55,7 @@ impl Devices {
         match kind {
             PortKind::Tap => Self::TUN,
             PortKind::Packet => Self::PACKET,
+            PortKind::Nic => Self::VFIO,
             PortKind::VhostUser | PortKind::Pcap | PortKind::Null => Self::empty(),
         }
     }
@@ -157,10 +160,13 @@ fn rules_of(kind: ThreadKind, devices: Devices, call: c_long) -> Result<Vec<Secc
             // A packet socket finds its interface.
             let packet = [libc::SIOCGIFFLAGS, libc::SIOCGIFINDEX];
             let packet = packet.iter().filter(|_| devices.contains(Devices::PACKET));
+            // A card is opened, reset, mapped and given back.
+            let vfio = host::vfio::REQUESTS.iter().filter(|_| devices.contains(Devices::VFIO));
             requests
                 .iter()
                 .chain(tun)
                 .chain(packet)
+                .chain(vfio)
                 .map(|&r| one(1, Eq, r.cast_signed()))
                 .collect::<Result<_, _>>()?
         }

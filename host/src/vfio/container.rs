@@ -20,7 +20,7 @@ use vfio_bindings::bindings::vfio::{
 use super::addresses::{Addresses, ranges};
 use super::device::Device;
 use super::{FOLDER, VfioError, sys};
-use crate::pci::{self, Bdf, Function, VFIO};
+use crate::pci::{self, Bdf, Function};
 
 /// The most that is read of what the kernel says of an IOMMU.
 const INFO: usize = 4096;
@@ -76,10 +76,8 @@ impl Container {
     pub fn open(self: &Arc<Self>, bdf: Bdf, token: Option<&str>) -> Result<Arc<Device>, VfioError> {
         let root = Path::new("/");
         let function = pci::find(root, bdf).ok_or(VfioError::Unknown(bdf))?;
+        super::check(root, bdf)?;
         let group = function.group.ok_or(VfioError::NoIommu(bdf))?;
-        if function.driver.as_deref() != Some(VFIO) {
-            return Err(VfioError::NotBound { bdf, driver: function.driver });
-        }
         let mut state = self.state();
         if !state.groups.contains_key(&group) {
             let file = self.join(&mut state, &function, group)?;

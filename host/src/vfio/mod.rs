@@ -15,12 +15,13 @@ mod device;
 mod sys;
 
 use std::io;
+use std::path::Path;
 
 pub use container::Container;
 pub use device::{Device, Interrupt, Region};
 pub use sys::REQUESTS;
 
-use crate::pci::{Bdf, listed};
+use crate::pci::{self, Bdf, VFIO, listed};
 
 /// Where VFIO's files are.
 pub const FOLDER: &str = "/dev/vfio";
@@ -139,6 +140,23 @@ impl VfioError {
             Self::Unknown(_) | Self::NotBound { .. } | Self::GroupNotViable { .. } | Self::Busy { .. }
         )
     }
+}
+
+/// Whether the function at `bdf` can be opened, as far as can be told without doing it.
+///
+/// # Errors
+/// It cannot, and why.
+pub fn check(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
+    let function = pci::find(root, bdf).ok_or(VfioError::Unknown(bdf))?;
+    let group = function.group.ok_or(VfioError::NoIommu(bdf))?;
+    if function.driver.as_deref() != Some(VFIO) {
+        return Err(VfioError::NotBound { bdf, driver: function.driver });
+    }
+    let others = function.in_the_way(root);
+    if !others.is_empty() {
+        return Err(VfioError::GroupNotViable { bdf, group, others });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -5,13 +5,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use host::pci::Bdf;
 use pmd::kernel::pcap::PcapOptions;
 use settings::Spanned;
-use settings::values::{DeviceName, SocketName};
+use settings::values::SocketName;
 
 use super::keys::PortKeys;
 use super::validate::{PortReader, value_or};
-use super::values::FeatureName;
+use super::values::{Device, FeatureName};
 use super::{Feature, PortKind, SOCKET_PATH_MAX, SocketSide};
 use crate::control::CONTROL_SOCKET;
 
@@ -37,6 +38,15 @@ pub enum Behind {
     Packet {
         /// The interface's name.
         device: String,
+    },
+    /// A network card.
+    Nic {
+        /// Its PCI address, as it is printed.
+        device: String,
+        /// The same.
+        bdf: Bdf,
+        /// What it takes to open it, for some virtual functions.
+        token: Option<String>,
     },
     /// Files of frames.
     Pcap(PcapOptions),
@@ -68,6 +78,7 @@ impl Behind {
             Behind::VhostUser { .. } => PortKind::VhostUser,
             Behind::Tap { .. } => PortKind::Tap,
             Behind::Packet { .. } => PortKind::Packet,
+            Behind::Nic { .. } => PortKind::Nic,
             Behind::Pcap(_) => PortKind::Pcap,
             Behind::Null => PortKind::Null,
         }
@@ -89,10 +100,10 @@ impl Behind {
         }
     }
 
-    /// The network interface, if it has one.
+    /// The network interface or card, if it has one.
     pub fn device(&self) -> Option<&str> {
         match self {
-            Behind::Tap { device } | Behind::Packet { device } => Some(device),
+            Behind::Tap { device } | Behind::Packet { device } | Behind::Nic { device, .. } => Some(device),
             Behind::VhostUser { .. } | Behind::Pcap(_) | Behind::Null => None,
         }
     }
@@ -154,18 +165,41 @@ impl PortReader<'_, '_> {
                 let socket = keys.socket.take()?;
                 Behind::VhostUser { socket: self.socket(place, name, socket, socket_side), side }
             }
-            PortKind::Tap | PortKind::Packet => {
+            PortKind::Tap | PortKind::Packet | PortKind::Nic => {
                 if keys.device.is_none() {
-                    let example = if kind == PortKind::Tap { "tap0" } else { "eth1" };
-                    let example = format!("the interface, as in `device = \"{example}\"`");
-                    keys.wrong.or_missing("device", at.clone(), &example, self.problems);
+                    let example = match kind {
+                        PortKind::Tap => "the interface, as in `device = \"tap0\"`",
+                        PortKind::Packet => "the interface, as in `device = \"eth1\"`",
+                        _ => "the card, as in `device = \"0000:01:00.0\"` (`cableway nic list` shows them)",
+                    };
+                    keys.wrong.or_missing("device", at.clone(), example, self.problems);
                 }
                 if kind == PortKind::Tap {
                     self.offloads_only(place, keys.disable.as_ref().map(Spanned::get_ref));
                 }
                 let device = keys.device.take()?;
+                let span = device.span();
                 let device = self.device(place, name, device, kind);
-                if kind == PortKind::Tap { Behind::Tap { device } } else { Behind::Packet { device } }
+                match (kind, device.parse::<Bdf>()) {
+                    (PortKind::Nic, Ok(bdf)) => Behind::Nic {
+                        device,
+                        bdf,
+                        token: keys.vf_token.take().map(|token| token.into_inner().0),
+                    },
+                    (PortKind::Nic, Err(error)) => {
+                        self.problems.add(span, format!("{place}`device`: {error}"));
+                        return None;
+                    }
+                    (_, Ok(_)) => {
+                        let message = format!(
+                            "{device} is the address of a card, for `kind = \"nic\"`, and no interface"
+                        );
+                        self.problems.add(span, format!("{place}`device`: {message}"));
+                        return None;
+                    }
+                    (PortKind::Tap, Err(_)) => Behind::Tap { device },
+                    (_, Err(_)) => Behind::Packet { device },
+                }
             }
             PortKind::Pcap => Behind::Pcap(self.files(place, name, at, keys)?),
             PortKind::Null => Behind::Null,
@@ -174,20 +208,21 @@ impl PortReader<'_, '_> {
     }
 
     fn refuse_keys_of_others(&mut self, place: &str, kind: PortKind, keys: &PortKeys) {
-        use PortKind::{Packet, Pcap, Tap, VhostUser};
+        use PortKind::{Nic, Packet, Pcap, Tap, VhostUser};
         fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
             key.as_ref().map(Spanned::span)
         }
-        let rules: [Rule<'_>; 13] = [
+        let rules: [Rule<'_>; 14] = [
             ("socket", span(&keys.socket), &[VhostUser]),
             ("mode", span(&keys.mode), &[VhostUser]),
             ("socket_mode", span(&keys.socket_mode), &[VhostUser]),
             ("socket_group", span(&keys.socket_group), &[VhostUser]),
             ("reconnect_ms", span(&keys.reconnect_ms), &[VhostUser]),
             ("max_memory", span(&keys.max_memory), &[VhostUser]),
-            ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap]),
+            ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap, Nic]),
             ("disable", span(&keys.disable), &[VhostUser, Tap]),
-            ("device", span(&keys.device), &[Tap, Packet]),
+            ("device", span(&keys.device), &[Tap, Packet, Nic]),
+            ("vf_token", span(&keys.vf_token), &[Nic]),
             ("replay", span(&keys.replay), &[Pcap]),
             ("rate", span(&keys.rate), &[Pcap]),
             ("repeat", span(&keys.repeat), &[Pcap]),
@@ -273,7 +308,7 @@ impl PortReader<'_, '_> {
     }
 
     /// The interface's name, unique and possible.
-    fn device(&mut self, place: &str, name: &str, device: Spanned<DeviceName>, kind: PortKind) -> String {
+    fn device(&mut self, place: &str, name: &str, device: Spanned<Device>, kind: PortKind) -> String {
         let span = device.span();
         let device = device.into_inner().0;
         if let Some((other, line)) = self.seen.devices.get(&device) {

@@ -4,14 +4,15 @@
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
 use settings::table::Read;
-use settings::values::{Bounded, CoreNumber, DeviceName, HardwareAddress, Memory, Name, SocketName};
+use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
 use super::values::{
-    FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId, VlanRange,
+    Device, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VfToken,
+    VlanId, VlanRange,
 };
 
-plain!(FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(Device, VfToken, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.
@@ -42,8 +43,10 @@ keys! {
         name: Name,
         /// What is behind it.
         kind: PortKind,
-        /// The network interface behind a tap or a packet socket.
-        device: DeviceName,
+        /// The network interface behind a tap or a packet socket, or the PCI address of a card.
+        device: Device,
+        /// What a virtual function needs whose physical function is with vfio-pci too.
+        vf_token: VfToken,
         /// A pcap file whose frames come in; a relative path lies in the run directory.
         replay: FileName,
         /// Frames a second of `replay`.

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use host::pci::{Bdf, NotABdf};
 use host::topology::{self, CoreSet};
 use nix::unistd::{AccessFlags, Gid, Group};
 
@@ -262,6 +263,10 @@ impl Surroundings for ThisMachine {
             tried.map_err(|error| {
                 format!("no packet socket on {name}: {error}; run the switch with CAP_NET_RAW")
             })?;
+        }
+        if needed.contains(Devices::VFIO) {
+            let bdf: Bdf = name.parse().map_err(|error: NotABdf| error.to_string())?;
+            host::vfio::check(Path::new("/"), bdf).map_err(|error| error.to_string())?;
         }
         if needed.contains(Devices::TUN) {
             let wanted = AccessFlags::R_OK | AccessFlags::W_OK;

@@ -6,9 +6,10 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use host::pci::Bdf;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, Unexpected, Visitor};
-use settings::values::Bounded;
+use serde::de::{self, Deserializer, IntoDeserializer, Unexpected, Visitor};
+use settings::values::{Bounded, DeviceName};
 use settings::{suggestion, text, words};
 
 /// An IEEE 802.1Q VLAN identifier (0 and 4095 are reserved).
@@ -21,6 +22,25 @@ text! {
     GroupName(String), "a group's name in quotes", |text| match text {
         "" => Err("the name is empty".to_owned()),
         _ => Ok(text.to_owned()),
+    };
+
+    /// A network interface by name, or a card by its PCI address, which is told by its colons.
+    Device(String), "an interface's name or a card's PCI address in quotes", |text| {
+        if text.contains(':') {
+            return text.parse::<Bdf>().map(|bdf| bdf.to_string()).map_err(|error| error.to_string());
+        }
+        let name = IntoDeserializer::<de::value::Error>::into_deserializer(text);
+        DeviceName::deserialize(name).map(|name| name.0).map_err(|error| error.to_string())
+    };
+
+    /// The token of a virtual function (RFC 9562).
+    VfToken(String), "a UUID in quotes", |text| {
+        let groups: Vec<usize> = text.split('-').map(str::len).collect();
+        let plain = text.chars().all(|c| c == '-' || c.is_ascii_hexdigit());
+        if plain && groups == [8, 4, 4, 4, 12] {
+            return Ok(text.to_ascii_lowercase());
+        }
+        Err(format!("{text:?}: wanted a UUID, like \"2ab74924-c335-45f4-9b16-8569e5b08258\" (uuidgen makes one)"))
     };
 
     /// A file.
@@ -65,6 +85,8 @@ words! {
         Tap = "tap",
         /// Any Ethernet interface of this machine, by a packet socket.
         Packet = "af_packet",
+        /// A network card that this machine's kernel gave to vfio-pci, driven by the switch itself.
+        Nic = "nic",
         /// Files of frames: one that comes in, one that is written of what goes out.
         Pcap = "pcap",
         /// Nothing: what goes out is gone, and nothing comes in.

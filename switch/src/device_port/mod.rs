@@ -1,25 +1,34 @@
-//! A port with a network device of this machine behind it: a tap or an interface of the kernel, or nothing at all.
+//! A port with a network device of this machine behind it: a card, a tap or an interface of the kernel, or nothing at all.
 //!
 //! Owns the device's queues between its opening and its end. [`rx`] lends bursts of what a driver's [`port::Source`] found,
-//! [`tx`] finishes frames for its [`port::Sink`], [`kinds`] is the list of drivers. A device that goes away stops its port, with
+//! [`tx`] finishes frames for its [`port::Sink`], [`kinds`] is the list of drivers, [`card`] what
+//! cards have besides. A device that goes away stops its port, with
 //! the reason; housekeeping opens it again when it is there again. Never waits for a device.
 
+mod card;
+mod card_queues;
 mod kinds;
 mod rx;
 mod tx;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pmd::kernel::OpenError;
 
-pub(crate) use kinds::{Sinks, Sources, open};
+use card::Card;
+pub(crate) use card::Cards;
+pub use kinds::DeviceError;
+pub(crate) use kinds::{Inlet, Opened, Sinks, Sources, open};
 pub(crate) use rx::Receiving;
 pub(crate) use tx::Sending;
 
 use crate::config::PortConfig;
 use crate::events::{Event, Events};
 use crate::slot::{PortShared, PortState, RxSlot, TxSlot};
+
+/// Why a card that is open moves nothing.
+const NO_LINK: &str = "no link";
 
 /// One queue that a worker polls.
 pub(crate) type DeviceRx = RxSlot<Receiving>;
@@ -33,6 +42,8 @@ pub struct DevicePort {
     pub(crate) shared: Arc<PortShared>,
     pub(crate) rx: Vec<Arc<DeviceRx>>,
     pub(crate) tx: Vec<Arc<DeviceTx>>,
+    /// For housekeeping, while a card is open.
+    card: Mutex<Option<Card>>,
 }
 
 impl DevicePort {
@@ -41,24 +52,29 @@ impl DevicePort {
         let shared = PortShared::new(number, name, events);
         let rx = (0..queues).map(|queue| DeviceRx::new(&shared, queue)).collect();
         let tx = (0..queues).map(|queue| DeviceTx::new(&shared, queue)).collect();
-        Arc::new(Self { shared, rx, tx })
+        Arc::new(Self { shared, rx, tx, card: Mutex::default() })
     }
 
     /// Opens the device and lets frames pass. `first`: an interface that is not there is made, if its kind can be.
     ///
     /// # Errors
     /// It is not there, or cannot be had; the port is as it was.
-    pub(crate) fn open(&self, config: &PortConfig, first: bool) -> Result<(), OpenError> {
-        let (queues, features) = open(config, first)?;
+    pub(crate) fn open(
+        &self,
+        config: &PortConfig,
+        first: bool,
+        cards: &mut Cards,
+    ) -> Result<(), DeviceError> {
+        let Opened { queues, features, card, node } = open(config, first, cards)?;
         let refused = |source| OpenError::Refused {
             name: config.behind.device().unwrap_or_default().to_owned(),
             what: "watching it",
             source,
             remedy: "; give the switch more descriptors (ulimit -n)",
         };
-        let watched = |(source, sink): (Sources, Sinks)| {
-            let live = !matches!(source, Sources::Null(_));
-            Ok((live, Receiving::new(source)?, sink))
+        let watched = |(inlet, sink): (Inlet, Sinks)| {
+            let live = !matches!(inlet, Inlet::Device(Sources::Null(_)));
+            Ok((live, Receiving::new(inlet)?, sink))
         };
         // All of them, or none.
         let queues: Vec<_> = queues.into_iter().map(watched).collect::<Result<_, _>>().map_err(refused)?;
@@ -70,17 +86,20 @@ impl DevicePort {
             (state.ring, state.likely) = (Some(receiving), u16::MAX);
             drop(state);
             rx.live.store(live, Ordering::Release);
+            rx.node.store(node.map_or(0, |node| node + 1), Ordering::Relaxed);
             *tx.ring.take() = Some(Sending::new(sink, features));
         }
         shared.active.store(self.tx.len() as u16, Ordering::Release);
         shared.change_info(|info| info.features = features);
-        shared.set_state(PortState::Up);
+        // A card is up when it has a link, which housekeeping looks for.
+        shared.set_state(if card.is_some() { PortState::Stopped(NO_LINK.to_owned()) } else { PortState::Up });
+        *self.card() = card;
         shared.events.send(Event::RingsChanged);
         Ok(())
     }
 
     /// Shows why the device is not open.
-    pub(crate) fn wait(&self, error: &OpenError) {
+    pub(crate) fn wait(&self, error: &DeviceError) {
         self.shared.set_state(PortState::Stopped(error.to_string()));
     }
 
@@ -94,6 +113,29 @@ impl DevicePort {
         for slot in &self.tx {
             *slot.ring.take() = None;
         }
+        // The last that holds the card: it stops now, and its memory is free.
+        *self.card() = None;
+    }
+
+    /// Whether a card is open, with a link or without.
+    pub(crate) fn has_card(&self) -> bool {
+        self.card().is_some()
+    }
+
+    /// Looks at the card, if there is one open; shows and says whether its link changed.
+    ///
+    /// # Errors
+    /// It must be closed, and why.
+    pub(crate) fn look_at_card(&self) -> Result<Option<bool>, String> {
+        let changed = self.card().as_mut().map_or(Ok(None), Card::look)?;
+        if let Some(up) = changed {
+            self.shared.set_state(if up { PortState::Up } else { PortState::Stopped(NO_LINK.to_owned()) });
+        }
+        Ok(changed)
+    }
+
+    fn card(&self) -> MutexGuard<'_, Option<Card>> {
+        self.card.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The queues that run, with their numbers: what workers poll.

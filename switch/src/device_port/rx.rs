@@ -12,7 +12,7 @@ use port::{
 use virtio::memory::copy::{copy, full_fence};
 
 use super::kinds::each;
-use super::{DeviceRx, Sources, fail};
+use super::{DeviceRx, Inlet, Sources, fail};
 use crate::claim::{Entered, Owner};
 use crate::counters::RxCounters;
 use crate::sleeper::{Kick, Sleeper};
@@ -20,7 +20,7 @@ use crate::slot::{Polled, PortShared, Running, RxState};
 
 /// A device's receive queue between its opening and its end.
 pub struct Receiving {
-    source: Sources,
+    inlet: Inlet,
     /// Wakes a sleeping worker; `None`: there is nothing to wake for.
     wake: Option<Kick>,
     /// Set when the device went away: it is not asked any more.
@@ -30,16 +30,23 @@ pub struct Receiving {
 impl Receiving {
     /// # Errors
     /// The process has no descriptors left.
-    pub(super) fn new(source: Sources) -> io::Result<Self> {
-        let waker = each!(Sources, &source, s => s.waker());
+    pub(super) fn new(inlet: Inlet) -> io::Result<Self> {
+        let waker = match &inlet {
+            Inlet::Device(source) => each!(Sources, source, s => s.waker()),
+            Inlet::Card(_) => None,
+        };
         // A descriptor of its own: epoll forgets one when it is closed, and the device keeps its.
         let wake = waker.map(|fd| fd.try_clone_to_owned().map(Kick::new)).transpose()?;
-        Ok(Self { source, wake, broken: false })
+        Ok(Self { inlet, wake, broken: false })
     }
 
     /// How many frames are here, at most `limit`; none of a device that is gone.
     fn look(&mut self, port: &PortShared, limit: usize) -> usize {
-        match each!(Sources, &mut self.source, s => s.look(limit)) {
+        let source = match &mut self.inlet {
+            Inlet::Device(source) => source,
+            Inlet::Card(card) => return card.queue.peek(),
+        };
+        match each!(Sources, source, s => s.look(limit)) {
             Ok(n) => n,
             Err(error) => {
                 self.broken = true;
@@ -85,9 +92,11 @@ impl DeviceRx {
     pub(crate) fn arm(&self, owner: &mut Owner, sleeper: &Arc<Sleeper>) -> bool {
         let Some(mut entered) = self.state.enter(owner) else { return true };
         let Some(receiving) = entered.ring.as_mut().filter(|r| !r.broken) else { return false };
+        // Nothing of a card wakes anybody yet: its worker polls on.
+        let Inlet::Device(source) = &mut receiving.inlet else { return true };
         let Some(wake) = &mut receiving.wake else { return false };
         wake.watch(sleeper);
-        each!(Sources, &mut receiving.source, s => s.before_sleep());
+        each!(Sources, source, s => s.before_sleep());
         // What came since the device last had nothing is heard: each arrival is an event, and so is the first watch.
         receiving.look(&self.port, 1) > 0
     }
@@ -99,7 +108,14 @@ impl RxQueue for ReceiveQueue<'_> {
     }
 
     fn poll<'q>(&'q mut self, buffer: &'q mut BurstBuffer) -> Burst<'q> {
-        let came = each!(Sources, &mut self.receiving.source, s => s.lend(&mut buffer.frames[..]));
+        let source = match &mut self.receiving.inlet {
+            Inlet::Device(source) => source,
+            Inlet::Card(card) => {
+                let came = card.poll(buffer, self.counters);
+                return Burst::new(self, buffer, came);
+            }
+        };
+        let came = each!(Sources, source, s => s.lend(&mut buffer.frames[..]));
         let (mut kept, mut bytes) = (0, 0u64);
         for i in 0..came.min(MAX_BURST) {
             let Some(&frame) = buffer.frames.get(i) else { break };
@@ -140,7 +156,10 @@ fn read_head(frame: &Frame) -> Head {
 
 impl Release for ReceiveQueue<'_> {
     fn release(&mut self) {
-        each!(Sources, &mut self.receiving.source, s => s.take_back());
+        match &mut self.receiving.inlet {
+            Inlet::Device(source) => each!(Sources, source, s => s.take_back()),
+            Inlet::Card(card) => card.queue.release(),
+        }
         full_fence();
     }
 

@@ -1,11 +1,13 @@
 //! From a burst into a device's transmit queue.
 //!
-//! Every frame goes through [`crate::outgoing`]: what costs a system call each has no need of a shorter way.
+//! Every frame goes through [`crate::outgoing`]: what costs a system call each has no need of a shorter way. Cards have one: they
+//! take sets of frames, edit tags and finish checksums themselves, and copy none that came in by another card of their arena.
 
 use std::io;
 
 use port::{Burst, DropReason, FrameSet, Offload, PutError, Scratch, Segment, Sink, TagEdit, TxQueue};
 
+use super::card_queues::CardSend;
 use super::kinds::each;
 use super::{DeviceTx, Sinks, fail};
 use crate::claim::Claim;
@@ -83,6 +85,11 @@ impl TxQueue for SendQueue<'_> {
         };
         let (mut sent, mut bytes) = (0u64, 0u64);
         let mut rest = set;
+        if let Sinks::Card(card) = &mut sending.sink {
+            let whole = CardSend::whole(burst, set);
+            rest = set.without(whole);
+            (sent, bytes) = card.send(burst, whole, edit, scratch, counters);
+        }
         for i in rest.by_ref() {
             let (Some(frame), Some(head)) = (burst.frames().get(i), burst.heads().get(i)) else { continue };
             let Some(out) = Outgoing::new(burst, frame, head, edit) else {
@@ -90,7 +97,7 @@ impl TxQueue for SendQueue<'_> {
                 continue;
             };
             let accepts = sending.accepts;
-            match each!(Sinks, &mut sending.sink, s => out.send(accepts, s, scratch, counters)) {
+            match each!(Sinks + Card, &mut sending.sink, s => out.send(accepts, s, scratch, counters)) {
                 Ok(n) => (sent, bytes) = (sent + 1, bytes + u64::from(n)),
                 Err(Refusal::Drop(reason)) => counters.drops.add(reason, 1),
                 Err(Refusal::Broken(error)) => {
@@ -111,7 +118,7 @@ impl TxQueue for SendQueue<'_> {
 
     fn notify(&mut self) {
         let Some(sending) = self.claim.as_mut().filter(|s| !s.broken) else { return };
-        if let Err(error) = each!(Sinks, &mut sending.sink, s => s.flush()) {
+        if let Err(error) = each!(Sinks + Card, &mut sending.sink, s => s.flush()) {
             sending.broken = true;
             fail(&self.slot.port, error);
         }

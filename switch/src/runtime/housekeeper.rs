@@ -15,6 +15,7 @@ use super::{ApplyError, PortView, Shared, StartError, View};
 use crate::bridge::{Clock, MAX_PORTS, PlanError};
 use crate::config::{Behind, Config, Idle, PortConfig};
 use crate::control::report::ReloadReport;
+use crate::device_port::Cards;
 use crate::events::{Event, Events};
 use crate::plan::{Devices, Plan};
 use crate::slot::PortState;
@@ -48,6 +49,8 @@ pub(super) struct Housekeeper {
     events: Events,
     config: Config,
     ports: Vec<RunningPort>,
+    /// What its ports with network cards share. Dropped after the ports.
+    cards: Cards,
     /// Where each queue is: port number and queue pair to worker.
     places: Vec<(u16, usize, usize)>,
     /// What had come in on each queue when load was last measured.
@@ -60,14 +63,17 @@ impl Housekeeper {
     /// Opens all ports.
     pub(super) fn new(shared: Arc<Shared>, events: Events, config: Config) -> Result<Self, StartError> {
         let mut ports = Vec::new();
+        let mut cards = Cards::default();
+        cards.expect(&config);
         for (number, port) in config.ports.iter().enumerate() {
-            ports.push(open(port, number as u16, &events)?);
+            ports.push(ports::open(port, number as u16, &events, &mut cards)?);
         }
         let mut this = Self {
             shared,
             events,
             config,
             ports,
+            cards,
             places: Vec::new(),
             measured: Vec::new(),
             rebalanced: Instant::now(),
@@ -144,6 +150,7 @@ impl Housekeeper {
         let Some(port) = port.filter(|_| self.is_broken(number)) else { return };
         let text = match &port.config.behind {
             Behind::Pcap(_) => format!("recording ended ({reason}); to go on, take the port out and reload"),
+            Behind::Nic { device, .. } => format!("card {device}: {reason}"),
             other => format!("interface {} is gone or down ({reason})", other.device().unwrap_or_default()),
         };
         self.stop_port(number, &text);
@@ -163,14 +170,13 @@ impl Housekeeper {
             if running.config.behind.device().is_none() {
                 continue; // files do not come back, and opening one anew would empty it
             }
-            if port.shared.state() == PortState::Up && !port.shared.broken.load(Ordering::Acquire)
-                || running.tried.elapsed() < REOPEN
-            {
+            let runs = port.shared.state() == PortState::Up || port.has_card();
+            if runs && !port.shared.broken.load(Ordering::Acquire) || running.tried.elapsed() < REOPEN {
                 continue;
             }
             port.halt();
             running.tried = Instant::now();
-            match port.open(&running.config, false) {
+            match port.open(&running.config, false, &mut self.cards) {
                 Ok(()) => {
                     tracing::info!("port {} is up again", running.config.name);
                     opened = true;
@@ -180,6 +186,31 @@ impl Housekeeper {
         }
         if opened {
             self.republish();
+        }
+    }
+
+    /// Follows the links of cards, and closes those that must go.
+    fn look_at_cards(&mut self) {
+        let mut stopped = Vec::new();
+        for running in &mut self.ports {
+            let Attached::Device(port) = &running.port else { continue };
+            match port.look_at_card() {
+                Ok(None) => {}
+                Ok(Some(up)) => {
+                    tracing::info!(
+                        "port {}: {}",
+                        running.config.name,
+                        if up { "link up" } else { "no link" }
+                    );
+                }
+                Err(reason) => {
+                    stopped.push((port.shared.number, reason));
+                    running.tried = Instant::now();
+                }
+            }
+        }
+        for (number, reason) in stopped {
+            self.stop_port(number, &reason);
         }
     }
 
@@ -206,6 +237,7 @@ impl Housekeeper {
         for number in cut_off {
             self.stop_port(number, &RingError::MemoryGone.to_string());
         }
+        self.look_at_cards();
         self.reopen_devices();
         let forgotten = self.shared.change_captures(|captures| {
             let before = captures.len();
@@ -353,6 +385,7 @@ impl Housekeeper {
             self.shared.fdb.flush_port(old.port.number());
             closed.push(old.config.clone());
         }
+        self.cards.expect(&config);
         let opened = self.open_missing(&config.ports).and_then(|opened| {
             let ports = self.ports.iter().chain(&opened);
             let entries: Vec<(u16, PortConfig)> =
@@ -363,6 +396,7 @@ impl Housekeeper {
         let opened = match opened {
             Ok(opened) => opened,
             Err(error) => {
+                self.cards.expect(&self.config);
                 self.put_back(&closed);
                 return Err(error.into());
             }
@@ -407,13 +441,13 @@ impl Housekeeper {
     }
 
     /// Opens those of `wanted` that do not run.
-    fn open_missing(&self, wanted: &[PortConfig]) -> Result<Vec<RunningPort>, StartError> {
+    fn open_missing(&mut self, wanted: &[PortConfig]) -> Result<Vec<RunningPort>, StartError> {
         let mut numbers: Vec<u16> = self.ports.iter().map(|p| p.port.number()).collect();
         let mut opened = Vec::new();
         for port in wanted {
             if self.ports.iter().all(|p| p.config.name != port.name) {
                 let number = free_number(&numbers);
-                opened.push(open(port, number, &self.events)?);
+                opened.push(ports::open(port, number, &self.events, &mut self.cards)?);
                 numbers.push(number);
             }
         }
@@ -448,10 +482,6 @@ impl Housekeeper {
         let changed: Vec<&str> = keys.iter().filter(|k| k.1).map(|k| k.0).collect();
         if changed.is_empty() { Ok(()) } else { Err(ApplyError::NeedsRestart(changed.join(", "))) }
     }
-}
-
-fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, StartError> {
-    ports::open(config, number, events)
 }
 
 fn free_number(taken: &[u16]) -> u16 {

@@ -56,7 +56,7 @@ pub enum StartError {
         /// The port's name.
         port: String,
         /// What is wrong with its device.
-        source: pmd::kernel::OpenError,
+        source: crate::device_port::DeviceError,
     },
     /// The learning table or its static entries.
     #[error("learning table: {0}")]

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pmd::kernel::OpenError;
 use vhost_user::backend::{Endpoint, Options, SUPPORTED, SessionHandle, serve};
 use vhost_user::{Mode, ProtocolFeatures, SocketError};
 use virtio::features;
@@ -14,7 +13,7 @@ use crate::bridge::{
     BridgePlan, Fdb, Mac, PlanError, PortPlan, StaticEntry, StormGuard, StormRate, VlanMode,
 };
 use crate::config::{Behind, Config, Feature, PortConfig, Side, Storm, Vlan};
-use crate::device_port::DevicePort;
+use crate::device_port::{Cards, DevicePort};
 use crate::events::Events;
 use crate::plan::{Devices, Plan};
 use crate::vhost_port::{VhostDevice, VhostPort};
@@ -87,7 +86,12 @@ pub(crate) const OFFERED: u64 = features::VERSION_1
 
 /// Opens a port: when it returns, its socket can be connected to (or is being connected), or its device is in use (or is being
 /// waited for).
-pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<RunningPort, StartError> {
+pub(super) fn open(
+    config: &PortConfig,
+    number: u16,
+    events: &Events,
+    cards: &mut Cards,
+) -> Result<RunningPort, StartError> {
     let name = config.name.clone();
     let (port, session) = match &config.behind {
         Behind::VhostUser { socket, side } => {
@@ -96,11 +100,11 @@ pub(super) fn open(config: &PortConfig, number: u16, events: &Events) -> Result<
             let session = session.map_err(|source| StartError::Port { port: name, source })?;
             (Attached::Guest(port), Some(session))
         }
-        Behind::Tap { .. } | Behind::Packet { .. } | Behind::Pcap(_) | Behind::Null => {
+        _ => {
             let port = DevicePort::new(number, &config.name, config.queue_pairs, events.clone());
-            match port.open(config, true) {
+            match port.open(config, true, cards) {
                 Ok(()) => {}
-                Err(absent @ (OpenError::Absent { .. } | OpenError::Down { .. })) => port.wait(&absent),
+                Err(absent) if absent.may_pass() => port.wait(&absent),
                 Err(source) => return Err(StartError::Device { port: name, source }),
             }
             (Attached::Device(port), None)

@@ -21,6 +21,9 @@ const KNOWN: ABI = ABI::V7;
 /// Cores and memory nodes, which placement and reports look up.
 const MACHINE: &str = "/sys/devices/system";
 
+/// What is known of network cards, and their groups; huge pages for them.
+const CARDS: [&str; 3] = ["/sys/devices", "/sys/bus/pci", "/sys/kernel"];
+
 /// The files could not be confined.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -67,7 +70,10 @@ impl FileAccess {
         let mut sockets = vec![run_dir.to_owned()];
         let ours = config.ports.iter().filter_map(|port| port.behind.listens_on());
         sockets.extend(ours.filter_map(|socket| Some(directory_of(socket)?.to_owned())));
-        let tun = Devices::of(config).contains(Devices::TUN).then(|| PathBuf::from(TUN));
+        let kinds = Devices::of(config);
+        let tun = kinds.contains(Devices::TUN).then(|| PathBuf::from(TUN));
+        let vfio = kinds.contains(Devices::VFIO).then(|| PathBuf::from(host::vfio::FOLDER));
+        read.extend(CARDS.iter().map(PathBuf::from).filter(|_| vfio.is_some()));
         let directory = |file: &Path| directory_of(file).map(Path::to_owned);
         read.extend(config.ports.iter().filter_map(|p| directory(p.behind.reads()?)));
         let mut write: Vec<_> = config.ports.iter().filter_map(|p| directory(p.behind.writes()?)).collect();
@@ -75,7 +81,7 @@ impl FileAccess {
             list.sort_unstable();
             list.dedup();
         }
-        Some(Self { read, sockets, write, devices: tun.into_iter().collect() })
+        Some(Self { read, sockets, write, devices: tun.into_iter().chain(vfio).collect() })
     }
 
     /// Holds the calling thread, and those that it starts later, to these directories.

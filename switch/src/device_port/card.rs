@@ -1,0 +1,150 @@
+//! Network cards: what all of a switch share, how one is opened, and what housekeeping does with it until it is closed.
+//!
+//! Owns the address space that the cards reach memory by and the arenas in it, one for each memory node, sized for the ports of the
+//! configuration: frames between cards of a node are not copied. [`super::rx`] and [`super::tx`] use the queues.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use host::memory::Pages;
+use host::pci::{self, Bdf};
+use host::vfio::VfioError;
+use pmd::access::vfio::{VfioFunction, VfioSpace};
+use pmd::dma::{Arena, ArenaError, ArenaOptions};
+use pmd::nic::{self, AnyNic, AnyReceive, AnyTransmit, DeviceError, OpenedAny, Options};
+
+use crate::config::{Behind, Config, PortConfig};
+
+/// Bytes of rings and what belongs to them, for each queue pair: 16 or 32 a descriptor, and a header for each of virtio's.
+const RING_BYTES: usize = 128 << 10;
+
+/// Why a card is not open.
+#[derive(Debug, thiserror::Error)]
+pub enum CardError {
+    /// The function cannot be had.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
+    /// There is no memory for it.
+    #[error("card {0}: {1}")]
+    Memory(Bdf, ArenaError),
+    /// Its driver cannot start it.
+    #[error("card {0}: {1}")]
+    Driver(Bdf, DeviceError),
+}
+
+impl CardError {
+    /// Whether another try is worth it.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, CardError::Vfio(error) if error.may_pass())
+    }
+}
+
+/// What the cards of a switch share. Empty until the first is opened.
+#[derive(Default)]
+pub(crate) struct Cards {
+    space: Option<VfioSpace>,
+    /// By memory node. Gone when the last card of a node is closed.
+    arenas: BTreeMap<Option<u32>, Weak<Arena>>,
+    /// Queue pairs that the configuration has on each node.
+    pairs: BTreeMap<Option<u32>, u32>,
+}
+
+/// A card that is open: its handle.
+pub(crate) struct Card {
+    nic: AnyNic,
+    function: Arc<VfioFunction>,
+    /// Whether there was a link when it was last looked at.
+    pub(crate) link: Option<bool>,
+}
+
+/// What opening one gives.
+pub(crate) struct OpenedCard {
+    pub(crate) card: Card,
+    pub(crate) queues: Vec<(AnyReceive, AnyTransmit)>,
+    pub(crate) node: Option<u32>,
+}
+
+/// The memory node of a card.
+fn node_of(bdf: Bdf) -> Option<u32> {
+    pci::find(std::path::Path::new("/"), bdf)?.node
+}
+
+/// How a port uses its card.
+fn options(config: &PortConfig) -> Options {
+    let mtu = config.mtu.map_or(Options::default().mtu, u32::from);
+    Options { queues: config.queue_pairs, mtu, ..Options::default() }
+}
+
+impl Cards {
+    /// The next arenas are made for the cards of this configuration.
+    pub(crate) fn expect(&mut self, config: &Config) {
+        self.pairs.clear();
+        for port in &config.ports {
+            if let Behind::Nic { bdf, .. } = &port.behind {
+                *self.pairs.entry(node_of(*bdf)).or_default() += u32::from(port.queue_pairs);
+            }
+        }
+    }
+
+    /// Opens the card at `bdf` for a port.
+    ///
+    /// # Errors
+    /// It is not there, or cannot be had.
+    pub(crate) fn open(
+        &mut self,
+        config: &PortConfig,
+        bdf: Bdf,
+        token: Option<&str>,
+    ) -> Result<OpenedCard, CardError> {
+        let space = match self.space.take() {
+            Some(space) => space,
+            None => VfioSpace::new()?,
+        };
+        let space = self.space.insert(space);
+        let function = space.open(bdf, token)?;
+        let (memory, node) = (space.memory(), node_of(bdf));
+        let options = options(config);
+        let each = options.receive_ring + options.spare + options.transmit_ring;
+        let make = |pairs: u32| {
+            let arena = ArenaOptions {
+                rings: pairs as usize * RING_BYTES,
+                buffers: pairs * each,
+                pages: Pages::Auto,
+                node,
+            };
+            Arena::new(arena, memory.clone()).map_err(|error| CardError::Memory(bdf, error))
+        };
+        let own = u32::from(config.queue_pairs);
+        let arena = match self.arenas.get(&node).and_then(Weak::upgrade) {
+            Some(arena) => arena,
+            None => make(own.max(self.pairs.get(&node).copied().unwrap_or(0)))?,
+        };
+        let opened = match nic::open(function.clone(), &arena, options) {
+            // A card that came later: memory of its own. Frames to and from it are copied.
+            Err(DeviceError::Arena(ArenaError::Buffers { .. } | ArenaError::Rings { .. })) => {
+                nic::open(function.clone(), &make(own)?, options)
+            }
+            other => other,
+        };
+        let OpenedAny { nic, receive, transmit } = opened.map_err(|error| CardError::Driver(bdf, error))?;
+        self.arenas.insert(node, Arc::downgrade(&arena));
+        let queues = receive.into_iter().zip(transmit).collect();
+        Ok(OpenedCard { card: Card { nic, function, link: None }, queues, node })
+    }
+}
+
+impl Card {
+    /// Looks at the card: whether its link changed.
+    ///
+    /// # Errors
+    /// It must be closed, and why.
+    pub(crate) fn look(&mut self) -> Result<Option<bool>, String> {
+        if let Some(why) = self.function.device().must_go() {
+            return Err(why.to_owned());
+        }
+        let link = self.nic.link().map_err(|error| error.to_string())?.up;
+        let changed = self.link != Some(link);
+        self.link = Some(link);
+        Ok(changed.then_some(link))
+    }
+}

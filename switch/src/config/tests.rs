@@ -295,7 +295,7 @@ fn each_kind_of_port_has_keys_of_its_own() {
         ),
         (
             "kind = 'vhost-user'\nsocket = 's'\ndevice = 'tap0'",
-            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"`, not with \"vhost-user\": take it out",
+            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"` or `kind = \"nic\"`, not with \"vhost-user\": take it out",
         ),
         (
             "kind = 'pcap'",
@@ -322,7 +322,7 @@ fn each_kind_of_port_has_keys_of_its_own() {
         ),
         (
             "kind = 'null'\nqueue_pairs = 2",
-            "with `kind = \"vhost-user\"` or `kind = \"tap\"`, not with \"null\"",
+            "with `kind = \"vhost-user\"` or `kind = \"tap\"` or `kind = \"nic\"`, not with \"null\"",
         ),
         ("kind = 'tap'\ndevice = 'tap7'", "test.toml:6:10: port `a`: `device`: there are no taps here"),
         ("kind = 'tap'\ndevice = 'a/b'", "'/' is not possible in an interface's name"),
@@ -334,6 +334,28 @@ fn each_kind_of_port_has_keys_of_its_own() {
         (
             "kind = 'tap'\ndevice = 't'\n[[port]]\nname = 'b'\nkind = 'tap'\ndevice = 't'",
             "test.toml:10:10: port `b`: `device`: t is the device of port `a` on line 6: each port has its own",
+        ),
+        (
+            "kind = 'nic'\ndevice = 'eth1'",
+            "test.toml:6:10: port `a`: `device`: \"eth1\" is no PCI address such as 0000:01:00.0",
+        ),
+        ("kind = 'nic'\ndevice = '0000:01:00.9'", "\"0000:01:00.9\" is no PCI address"),
+        ("kind = 'nic'", "the card, as in `device = \"0000:01:00.0\"`"),
+        (
+            "kind = 'tap'\ndevice = '01:00.0'",
+            "test.toml:6:10: port `a`: `device`: 0000:01:00.0 is the address of a card, for `kind = \"nic\"`, and no interface",
+        ),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\n[[port]]\nname = 'b'\nkind = 'nic'\ndevice = '0000:01:00.0'",
+            "test.toml:10:10: port `b`: `device`: 0000:01:00.0 is the device of port `a` on line 6: each port has its own",
+        ),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\nvf_token = 'secret'",
+            "test.toml:7:12: port `a`: `vf_token`: \"secret\": wanted a UUID",
+        ),
+        (
+            "kind = 'tap'\ndevice = 't'\nvf_token = '2ab74924-c335-45f4-9b16-8569e5b08258'",
+            "`vf_token` works only with `kind = \"nic\"`",
         ),
         ("kind = 'tab'\ndevice = 't'", "\"tab\" is unknown; did you mean `tap`?"),
     ] {

@@ -17,6 +17,7 @@ use benches::histogram::{Latencies, Summary, time, time_or_dash};
 use benches::machine::Machine;
 use benches::pinger::Loop;
 use benches::seats::{Seats, Worth};
+use benches::silence::NOTHING_MAY_BE_LOST;
 use benches::virtio_user::{self, PortOptions, Ring};
 use benches::vnfs::{self, Event, Job, Standing};
 use serde::Serialize;
@@ -147,7 +148,7 @@ fn job(args: &DemoArgs, seats: Seats, worth: Worth, clock: Clock) -> Job {
         stream: 1,
         addresses: Addresses { from: 0, to: 1, count: 1 },
         verify: Verify::Whole,
-        patience: clock.cycles(0.5),
+        patience: clock.cycles(NOTHING_MAY_BE_LOST),
     };
     Job {
         frames,

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -69,18 +70,27 @@ fn the_demo_carries_frames_of_every_size_and_says_it_in_json() {
 
 #[test]
 fn an_interrupted_demo_ends_at_once_with_the_table_so_far() {
-    let child = Command::new(CABLEWAY)
+    let mut child = Command::new(CABLEWAY)
         .args(["demo", "--seconds", "600"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_millis(2_500));
+    let mut shown = BufReader::new(child.stdout.take().unwrap());
+    // The first line of the table: frames count since a second.
+    let mut line = String::new();
+    while line.split_whitespace().next() != Some("1") {
+        line.clear();
+        assert!(shown.read_line(&mut line).unwrap() > 0, "the demo ended before its first second was over");
+    }
     let asked = Instant::now();
     kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(asked.elapsed() < Duration::from_secs(5));
-    assert!(text(&output.stdout).contains("seconds, interrupted"), "{output:?}");
-    assert!(output.status.success());
+    let mut rest = String::new();
+    shown.read_to_string(&mut rest).unwrap();
+    let status = child.wait().unwrap();
+    assert!(rest.contains("seconds, interrupted"), "{rest}");
+    assert!(status.success(), "{rest}");
+    // "At once", also where other programs have the cores; 600 seconds were to come.
+    assert!(asked.elapsed() < Duration::from_secs(30));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::endpoint::Endpoint;
 use crate::frame::Verify;
 use crate::histogram::Summary;
 use crate::search::{self, Burst, Found, NDR, PDR, Sample};
+use crate::silence::SOME_MAY_BE_LOST;
 use crate::station::WhenFull;
 use crate::trial::{Load, Outcome, Rig, Traffic};
 
@@ -287,7 +288,8 @@ impl<'r, 'a, E: Endpoint> Campaign<'r, 'a, E> {
         search::burst(LONGEST_BURST, 5, |frames| {
             self.go_on()?;
             let rate = f64::INFINITY;
-            let load = Load { rate, frames, both: false, when_full: WhenFull::Lose, grace: 1.0 };
+            let patience = SOME_MAY_BE_LOST;
+            let load = Load { rate, frames, both: false, when_full: WhenFull::Lose, grace: 1.0, patience };
             let outcome = self.rig.open_loop(traffic, load);
             self.go_on()?;
             Ok(sample(rate, &outcome))

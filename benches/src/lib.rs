@@ -17,6 +17,7 @@ pub mod reflector;
 pub mod report;
 pub mod search;
 pub mod seats;
+pub mod silence;
 pub mod sink;
 pub mod station;
 pub mod trial;

@@ -7,6 +7,7 @@ use crate::clock::cycles;
 use crate::endpoint::Endpoint;
 use crate::frame::{Addresses, Template, Verify};
 use crate::reflector::BURST;
+use crate::silence::Silence;
 use crate::sink::Sink;
 
 /// What a closed loop is made of.
@@ -36,7 +37,7 @@ pub struct Pinger<E: Endpoint> {
     outbox: Vec<E::Buffer>,
     sent: u64,
     stamped: u64,
-    heard: u64,
+    silence: Silence,
 }
 
 impl<E: Endpoint> Pinger<E> {
@@ -51,7 +52,7 @@ impl<E: Endpoint> Pinger<E> {
             outbox: Vec::with_capacity(2 * BURST),
             sent: 0,
             stamped: 0,
-            heard: cycles(),
+            silence: Silence::new(setup.patience, cycles()),
         }
     }
 
@@ -61,10 +62,10 @@ impl<E: Endpoint> Pinger<E> {
         let received = self.endpoint.receive(&mut self.inbox, BURST);
         let now = cycles();
         if received > 0 {
-            self.heard = now;
+            self.silence.heard(now);
             self.judge(now, stop);
-        } else if now.wrapping_sub(self.heard) > self.setup.patience {
-            self.heard = now;
+        } else if self.silence.listen(now) {
+            self.silence.heard(now);
             self.sink.give_up(self.sent);
         }
         let sent = if stop { 0 } else { self.fill_up(now) };

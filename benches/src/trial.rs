@@ -14,11 +14,9 @@ use crate::histogram::Latencies;
 use crate::pace::Schedule;
 use crate::pinger::{Loop, Pinger};
 use crate::reflector::Reflector;
+use crate::silence::{NOTHING_MAY_BE_LOST, SOME_MAY_BE_LOST, Silence};
 use crate::sink::{Arrivals, Sink};
 use crate::station::{Done, Offer, Station, WhenFull};
-
-/// Seconds of silence after which what has not come is lost.
-const SILENCE: f64 = 0.05;
 
 /// What the frames of a trial look like.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -44,6 +42,8 @@ pub struct Load {
     pub when_full: WhenFull,
     /// Seconds after the last frame was due in which overdue ones may still be sent.
     pub grace: f64,
+    /// Seconds without any frame after which what has not come is lost.
+    pub patience: f64,
 }
 
 impl Load {
@@ -51,7 +51,14 @@ impl Load {
     /// time (at least 2 ms) to go out; the rest is lost.
     pub fn steady(rate: f64, seconds: f64) -> Self {
         let grace = (seconds * 0.005).max(0.002);
-        Self { rate, frames: (rate * seconds) as u64, both: true, when_full: WhenFull::Wait, grace }
+        Self {
+            rate,
+            frames: (rate * seconds) as u64,
+            both: true,
+            when_full: WhenFull::Wait,
+            grace,
+            patience: SOME_MAY_BE_LOST,
+        }
     }
 }
 
@@ -168,7 +175,7 @@ impl<'a, E: Endpoint> Rig<'a, E> {
             [Station::new(first, a, sink(streams[1])), Station::new(second, b, sink(streams[0]))];
         let mut run = Run { clock: self.clock, stop: self.stop, polite: self.polite, busy: 0 };
         let length = if load.rate.is_finite() { load.frames as f64 / load.rate.max(1e-9) } else { 0.0 };
-        let end = run.drive(&mut stations, start, length + load.grace);
+        let end = run.drive(&mut stations, start, length + load.grace, load.patience);
         let [a, b] = stations.map(Station::finish);
         outcome([load.frames, reverse], a, b, &run, start, end)
     }
@@ -182,7 +189,7 @@ impl<'a, E: Endpoint> Rig<'a, E> {
             stream: self.trials << 1,
             addresses: addresses(0, traffic),
             verify: traffic.verify,
-            patience: self.clock.cycles(SILENCE),
+            patience: self.clock.cycles(NOTHING_MAY_BE_LOST),
         };
         let [first, second] = &mut self.ports;
         let (mut pinger, mut reflector) = (Pinger::new(first, setup), Reflector::new(second));
@@ -200,10 +207,12 @@ impl<'a, E: Endpoint> Rig<'a, E> {
         let elapsed = now - start;
         // What is still on its way gets the time to come in; it does not count for the rate.
         let before = pinger.sink().arrivals().counts.received;
-        let mut heard = cycles();
-        while pinger.awaited() > 0 && cycles() - heard < self.clock.cycles(SILENCE) {
+        let mut silence = Silence::new(self.clock.cycles(NOTHING_MAY_BE_LOST), cycles());
+        while pinger.awaited() > 0 {
             if pinger.turn(true) + reflector.turn() > 0 {
-                heard = cycles();
+                silence.heard(cycles());
+            } else if silence.listen(cycles()) {
+                break;
             } else if self.polite {
                 std::thread::yield_now();
             }
@@ -225,7 +234,7 @@ impl<'a, E: Endpoint> Rig<'a, E> {
     pub fn introduce(&mut self, traffic: Traffic) -> u64 {
         let traffic = Traffic { size: crate::frame::SMALLEST, ..traffic };
         let frames = u64::from(traffic.addresses).max(64);
-        let load = Load { frames, grace: 1.0, ..Load::steady(200_000.0, 0.0) };
+        let load = Load { frames, grace: 1.0, patience: NOTHING_MAY_BE_LOST, ..Load::steady(200_000.0, 0.0) };
         // The first frames may be lost while rings come up, or flooded; then all must arrive.
         self.open_loop(traffic, load);
         self.open_loop(traffic, load).lost()
@@ -251,10 +260,16 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Until everything was sent (`patience` seconds at most) and has arrived, or nothing has for a while. Returns when
-    /// sending ended.
-    fn drive<E: Endpoint>(&mut self, stations: &mut [Station<E>; 2], start: u64, patience: f64) -> u64 {
-        let until = start + self.clock.cycles(patience);
+    /// Until everything was sent (in `sending` seconds at most) and has arrived, or nothing has for `patience` seconds.
+    /// Returns when sending ended.
+    fn drive<E: Endpoint>(
+        &mut self,
+        stations: &mut [Station<E>; 2],
+        start: u64,
+        sending: f64,
+        patience: f64,
+    ) -> u64 {
+        let until = start + self.clock.cycles(sending);
         let mut now = cycles();
         while now < until && !self.stop.load(Ordering::Relaxed) {
             let [a, b] = stations;
@@ -269,16 +284,17 @@ impl Run<'_> {
             }
         }
         let end = now;
-        let (silence, mut heard) = (self.clock.cycles(SILENCE), now);
-        while now - heard < silence {
+        let mut silence = Silence::new(self.clock.cycles(patience), now);
+        loop {
             let [a, b] = stations;
             if a.sink().awaited(b.sent()) + b.sink().awaited(a.sent()) == 0 {
                 break;
             }
             let moved = a.receive() + b.receive();
-            now = cycles();
             if moved > 0 {
-                heard = now;
+                silence.heard(cycles());
+            } else if silence.listen(cycles()) {
+                break;
             } else if self.polite {
                 std::thread::yield_now();
             }

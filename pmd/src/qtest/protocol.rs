@@ -72,14 +72,15 @@ impl Qtest {
     }
 
     fn tell(&mut self, command: &str) {
+        // Before, not after: the answer to what is asked now is its asker's to read.
+        if self.outstanding >= OUTSTANDING {
+            self.catch_up();
+        }
         if self.broken {
             return;
         }
         self.broken = self.socket.get_ref().write_all(command.as_bytes()).is_err();
         self.outstanding += 1;
-        if self.outstanding >= OUTSTANDING {
-            self.catch_up();
-        }
     }
 
     fn ask(&mut self, command: &str) -> Option<u64> {
@@ -105,5 +106,30 @@ impl Qtest {
             last = self.line.strip_prefix("OK").map(str::to_owned);
         }
         if self.broken { None } else { last }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_is_answered_however_many_writes_went_before_it() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let machine = std::thread::spawn(move || {
+            let mut commands = BufReader::new(theirs.try_clone().unwrap()).lines();
+            while let Some(Ok(command)) = commands.next() {
+                let answer = if command.starts_with("read") { "OK 0x2a\n" } else { "OK\n" };
+                (&theirs).write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let mut qtest =
+            Qtest { socket: BufReader::new(ours), outstanding: 0, broken: false, line: String::new() };
+        for writes in OUTSTANDING - 2..OUTSTANDING + 3 {
+            (0..writes).for_each(|_| qtest.write(0, Width::Long, 0));
+            assert_eq!(qtest.read(0, Width::Long), 0x2a, "after {writes} writes");
+        }
+        drop(qtest);
+        machine.join().unwrap();
     }
 }

@@ -8,6 +8,7 @@ pub mod access;
 pub mod dma;
 pub mod e1000e;
 pub mod igb;
+pub mod igbvf;
 pub mod intel;
 pub mod kernel;
 pub mod nic;

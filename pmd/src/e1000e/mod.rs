@@ -102,6 +102,8 @@ impl Physical for I82574 {
         regs.wait_set(EEC, EEC::AUTO_RD, RESET_LIMIT)
     }
 
+    type Functions = ();
+
     fn prepare<B: Bar>(regs: &Regs<B>, _: &Options) -> Result<(), DeviceError> {
         regs.set(CTRL, CTRL::ASDE);
         regs.write_number(MRQC, 0);

@@ -1,6 +1,11 @@
 #![doc = include_str!("README.md")]
 
-mod regs;
+mod functions;
+#[cfg(test)]
+mod functions_tests;
+mod mailbox;
+pub(crate) mod message;
+pub(crate) mod regs;
 
 use std::time::Duration;
 
@@ -8,12 +13,14 @@ use port::{DropReason, Head};
 
 use crate::access::{Bar, Regs, WaitError, Writable};
 use crate::intel::regs::{EEC, MRQC, RXCSUM, STATUS};
-use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical};
+use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, Functions as _, INSERT_TAG, Physical};
 use crate::nic::{DeviceError, Options};
 use regs::{
     EIAC, EICR, EIMC, EIMS, GPIE, ICR, IMC, IVAR, MDIC, RDBAH, RDBAL, RDH, RDLEN, RDT, RETA, RLPML, RSSRK,
     RXDCTL, SRRCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TXDCTL,
 };
+
+pub use functions::{Functions, Settings, VirtualFunction};
 
 /// An 82576, as a physical function.
 pub type Igb<D> = Adapter<D, I82576>;
@@ -170,16 +177,22 @@ impl Physical for I82576 {
         }
     }
 
+    type Functions = Functions;
+
     /// Datasheet 4.5.9, and 7.1.1.7 for the spreading of frames over queues.
-    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<(), DeviceError> {
+    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<Functions, DeviceError> {
         negotiate(regs)?;
         regs.write_number(RLPML, options.longest() + 4);
         // Each vector is a cause of its own, which its message clears; none is enabled (datasheet 7.3.1, 8.8).
         regs.write(GPIE, GPIE::MULTIPLE_MSIX | GPIE::PBA_SUPPORT | GPIE::NSICR);
         regs.write_number(EIAC, 0x3ff);
+        let functions = functions::find(regs, options)?;
+        if functions.first_queue() > 0 {
+            return Ok(functions);
+        }
         if options.queues == 1 {
             regs.write_number(MRQC, 0);
-            return Ok(());
+            return Ok(functions);
         }
         for (word, key) in (0..).zip(KEY) {
             regs.write_number(RSSRK(word), key);
@@ -192,7 +205,7 @@ impl Physical for I82576 {
         regs.set(RXCSUM, RXCSUM::PCSD);
         let fields = MRQC::TCP4 | MRQC::IP4 | MRQC::IP6 | MRQC::TCP6 | MRQC::UDP4 | MRQC::UDP6;
         regs.write(MRQC, MRQC::ENABLE.is(2) | fields);
-        Ok(())
+        Ok(functions)
     }
 
     /// Datasheet 4.5.9: the tail may only be written once the queue reports that it is enabled.

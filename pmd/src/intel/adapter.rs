@@ -6,15 +6,18 @@ use std::time::Duration;
 use super::core::Core;
 use super::regs::{MTA, RAH, RAL, STATUS};
 use super::statistics::Statistics;
-use super::{Physical, Receive, Transmit, receive, reset, transmit};
+use super::{Functions, Physical, Receive, Transmit, receive, reset, transmit};
 use crate::access::PciDevice;
 use crate::dma::{Arena, Pool};
 use crate::nic::{DeviceError, Filter, Link, Mac, Nic, Opened, Options};
 
 /// Card `C`, reached by `D`.
 pub struct Adapter<D: PciDevice, C: Physical> {
-    pub(super) core: Arc<Core<D, C>>,
+    pub(crate) core: Arc<Core<D, C>>,
     statistics: Statistics,
+    pub(crate) functions: C::Functions,
+    /// Which frames it takes.
+    taken: Filter,
 }
 
 impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
@@ -40,30 +43,38 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
         for word in 0..128 {
             regs.write_number(MTA(word), 0);
         }
-        C::prepare(regs, &options)?;
+        let functions = C::prepare(regs, &options)?;
+        let first = functions.first_queue();
         transmit(regs);
-        for (queue, (_, ring)) in (0..).zip(core.addresses()) {
+        for (queue, (_, ring)) in (first..).zip(core.addresses()) {
             C::start_transmit(regs, queue, ring, &options)?;
         }
-        for (queue, (ring, _)) in (0..).zip(core.addresses()) {
+        for (queue, (ring, _)) in (first..).zip(core.addresses()) {
             C::start_receive(regs, queue, ring, &options)?;
         }
         receive(regs, &options);
         let receive = (0..).zip(receive_pools).map(|(queue, pool)| {
-            let mut queue = Receive::new(core.clone(), queue, options.receive_ring, max, pool);
+            let mut queue =
+                Receive::new(core.clone(), (queue, first + queue), options.receive_ring, max, pool);
             queue.refill();
             queue
         });
         let receive = receive.collect();
         let transmit = (0..).zip(transmit_pools);
         let transmit = transmit
-            .map(|(queue, pool)| Transmit::new(core.clone(), queue, options.transmit_ring, max, pool))
+            .map(|(queue, pool)| {
+                Transmit::new(core.clone(), (queue, first + queue), options.transmit_ring, max, pool)
+            })
             .collect();
-        let mut nic = Self { core, statistics: Statistics::default() };
+        let taken = Filter::default();
+        let mut nic = Self { core, statistics: Statistics::default(), functions, taken };
+        let mac = nic.mac();
+        nic.set_mac(mac)?;
         nic.set_filter(&Filter { promiscuous: options.promiscuous, ..Filter::default() })?;
         // What was counted before is not ours.
         nic.statistics();
         nic.statistics = Statistics::default();
+        nic.functions.begin(nic.core.regs());
         nic.link()?;
         Ok(Opened { nic, receive, transmit })
     }
@@ -81,6 +92,7 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
     }
 
     fn set_filter(&mut self, filter: &Filter) -> Result<(), DeviceError> {
+        self.taken = filter.clone();
         self.filter(filter);
         Ok(())
     }
@@ -88,6 +100,7 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
     fn link(&mut self) -> Result<Link, DeviceError> {
         match self.core.look() {
             Ok(status) => {
+                self.serve();
                 let speed = match STATUS::SPEED.of(status) {
                     0 => 10,
                     1 => 100,
@@ -114,6 +127,15 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
 
     fn stop(&mut self) {
         self.core.stop();
+    }
+}
+
+impl<D: PciDevice, C: Physical> Adapter<D, C> {
+    /// Does what its virtual functions asked for.
+    fn serve(&mut self) {
+        if self.functions.serve(self.core.regs()) {
+            self.filter(&self.taken);
+        }
     }
 }
 

@@ -14,13 +14,13 @@ use crate::dma::{Arena, Block};
 use crate::nic::{DeviceError, Options, State, check_device};
 
 /// Bytes of a ring of `size` descriptors.
-pub(super) const fn ring_bytes(size: u32) -> usize {
+pub(crate) const fn ring_bytes(size: u32) -> usize {
     size as usize * BYTES
 }
 
 /// What handle and queues of a device share. The device stops when the last of them goes, at the latest.
-pub(super) struct Core<D: PciDevice, C: Card> {
-    pub(super) state: State,
+pub(crate) struct Core<D: PciDevice, C: Card> {
+    pub(crate) state: State,
     regs: Regs<D::Bar>,
     strips_tags: AtomicBool,
     receive_rings: Box<[Block]>,
@@ -31,7 +31,7 @@ pub(super) struct Core<D: PciDevice, C: Card> {
 
 impl<D: PciDevice, C: Card> Core<D, C> {
     /// Takes the device, with memory for its rings. Nothing is changed in it yet.
-    pub(super) fn take(device: Arc<D>, arena: &Arc<Arena>, options: &Options) -> Result<Self, DeviceError> {
+    pub(crate) fn take(device: Arc<D>, arena: &Arc<Arena>, options: &Options) -> Result<Self, DeviceError> {
         check_device(&*device, arena, C::NAME, C::IDS)?;
         let regs = Regs::new(device.bar(0, C::BAR_BYTES)?);
         let blocks = |size| (0..options.queues).map(|_| Block::new(arena, ring_bytes(size))).collect();
@@ -48,38 +48,38 @@ impl<D: PciDevice, C: Card> Core<D, C> {
     }
 
     #[inline(always)]
-    pub(super) fn regs(&self) -> &Regs<D::Bar> {
+    pub(crate) fn regs(&self) -> &Regs<D::Bar> {
         &self.regs
     }
 
     /// Lets the device use memory.
-    pub(super) fn let_loose(&self) {
+    pub(crate) fn let_loose(&self) {
         set_bus_master(&*self.device, true);
     }
 
     /// Where the receive ring of `queue` begins; there is one for each queue that was asked for.
-    pub(super) fn receive_ring(&self, queue: u32) -> *mut u8 {
+    pub(crate) fn receive_ring(&self, queue: u32) -> *mut u8 {
         self.receive_rings.get(queue as usize).map_or(std::ptr::null_mut(), Block::ptr)
     }
 
     /// As [`Core::receive_ring`].
-    pub(super) fn transmit_ring(&self, queue: u32) -> *mut u8 {
+    pub(crate) fn transmit_ring(&self, queue: u32) -> *mut u8 {
         self.transmit_rings.get(queue as usize).map_or(std::ptr::null_mut(), Block::ptr)
     }
 
     /// The rings as the device knows them, receive and transmit, queue by queue.
-    pub(super) fn addresses(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = (u64, u64)> {
         self.receive_rings.iter().map(Block::iova).zip(self.transmit_rings.iter().map(Block::iova))
     }
 
     /// Whether VLAN tags are taken off by the device.
     #[inline(always)]
-    pub(super) fn strips_tags(&self) -> bool {
+    pub(crate) fn strips_tags(&self) -> bool {
         self.strips_tags.load(Ordering::Relaxed)
     }
 
     /// Looks whether the device is there and has a link: for housekeeping, as it reads a register.
-    pub(super) fn look(&self) -> Result<u32, DeviceError> {
+    pub(crate) fn look(&self) -> Result<u32, DeviceError> {
         let status = self.regs.read(STATUS);
         if status == GONE {
             self.state.fail(DeviceError::Gone);
@@ -89,7 +89,7 @@ impl<D: PciDevice, C: Card> Core<D, C> {
     }
 
     /// Stops the device, once: afterwards it neither reads nor writes memory.
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.state.stop(|| {
             if let Err(e @ WaitError::Timeout { .. }) = C::quiet(&self.regs) {
                 tracing::warn!(

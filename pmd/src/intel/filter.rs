@@ -1,7 +1,7 @@
 //! Which frames an adapter takes (82574 datasheet 7.1.1, packet address filtering).
 
 use super::regs::{MTA, RAH, RAL, RCTL};
-use super::{Adapter, Physical};
+use super::{Adapter, Functions, Physical};
 use crate::access::PciDevice;
 use crate::nic::{Filter, Mac};
 
@@ -16,6 +16,8 @@ impl<D: PciDevice, C: Physical> Adapter<D, C> {
                 *word |= 1 << bit;
             }
         }
+        let all_groups = filter.promiscuous || filter.all_multicast;
+        self.functions.groups(regs, all_groups, &mut table);
         for (word, bits) in (0..).zip(table) {
             regs.write_number(MTA(word), bits);
         }
@@ -26,7 +28,7 @@ impl<D: PciDevice, C: Physical> Adapter<D, C> {
         let all = filter.promiscuous || addresses.next().is_some();
         let set = |on: bool, bits| if on { regs.set(RCTL, bits) } else { regs.clear(RCTL, bits) };
         set(all, RCTL::UPE);
-        set(filter.promiscuous || filter.all_multicast, RCTL::MPE);
+        set(all_groups, RCTL::MPE);
     }
 
     /// Receive address `i` (datasheet 10.2.5.19): the high half first is cleared and last is written, so that no half address is
@@ -36,12 +38,13 @@ impl<D: PciDevice, C: Physical> Adapter<D, C> {
         regs.write_number(RAH(i), 0);
         let Some([a, b, c, d, e, f]) = mac else { return };
         regs.write_number(RAL(i), u32::from_le_bytes([a, b, c, d]));
-        regs.write(RAH(i), RAH::AV | RAH::HIGH.is(u16::from_le_bytes([e, f]).into()));
+        let pools = RAH::POOL.is(self.functions.pools());
+        regs.write(RAH(i), RAH::AV | pools | RAH::HIGH.is(u16::from_le_bytes([e, f]).into()));
     }
 }
 
 /// Word and bit of the multicast table for an address: bits 47:36, as RCTL.MO is 0 (datasheet 7.1.1.1.2).
-fn hash(mac: &Mac) -> (usize, u32) {
+pub(crate) fn hash(mac: &Mac) -> (usize, u32) {
     let [.., e, f] = *mac;
     let hash = u32::from(e) >> 4 | u32::from(f) << 4;
     ((hash >> 5) as usize, hash & 31)

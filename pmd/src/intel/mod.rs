@@ -1,9 +1,10 @@
 #![doc = include_str!("README.md")]
 
 mod adapter;
-mod core;
+pub(crate) mod core;
 mod descriptors;
-mod filter;
+pub(crate) mod filter;
+pub(crate) mod functions;
 mod receive;
 pub(crate) mod regs;
 #[cfg(test)]
@@ -23,6 +24,7 @@ use crate::nic::{DeviceError, Options};
 pub use adapter::Adapter;
 pub use descriptors::{Ask, Checksum};
 pub(crate) use descriptors::{CHECKSUM, INSERT_TAG};
+pub use functions::{Functions, Groups};
 pub use receive::Receive;
 pub use transmit::Transmit;
 
@@ -99,11 +101,14 @@ pub trait Physical: Card {
     /// It cannot do without, and has not.
     fn wait_for_settings<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError>;
 
+    /// What it does for its virtual functions.
+    type Functions: Functions;
+
     /// What there is to do after a reset before queues are set up.
     ///
     /// # Errors
     /// The device does not take it.
-    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<(), DeviceError>;
+    fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<Self::Functions, DeviceError>;
 
     /// Sets up receive queue `queue`, with its ring at `ring` and nothing in it.
     ///

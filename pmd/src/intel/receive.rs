@@ -67,10 +67,16 @@ enum Found {
 }
 
 impl<D: PciDevice, C: Card> Receive<D, C> {
-    /// Queue `queue` of the device; frames of `max` bytes at most, without FCS, in buffers of `pool`.
-    pub(super) fn new(core: Arc<Core<D, C>>, queue: u32, size: u32, max: u32, pool: Pool) -> Self {
+    /// Ring `ring`, which is queue `queue` of the device; frames of `max` bytes at most, without FCS, in buffers of `pool`.
+    pub(crate) fn new(
+        core: Arc<Core<D, C>>,
+        (ring, queue): (u32, u32),
+        size: u32,
+        max: u32,
+        pool: Pool,
+    ) -> Self {
         Self {
-            ring: core.receive_ring(queue).cast(),
+            ring: core.receive_ring(ring).cast(),
             queue,
             mask: size - 1,
             next: 0,
@@ -155,7 +161,7 @@ impl<D: PciDevice, C: Card> Receive<D, C> {
     /// Finds buffers for the places that have none.
     #[cold]
     #[inline(never)]
-    pub(super) fn refill(&mut self) {
+    pub(crate) fn refill(&mut self) {
         let (arena, stack) = self.pool.parts();
         while self.filled.wrapping_sub(self.next) <= self.mask {
             let at = (self.filled & self.mask) as usize;

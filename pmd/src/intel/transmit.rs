@@ -47,10 +47,16 @@ pub struct Transmit<D: PciDevice, C: Card> {
 unsafe impl<D: PciDevice, C: Card> Send for Transmit<D, C> {}
 
 impl<D: PciDevice, C: Card> Transmit<D, C> {
-    /// Queue `queue` of the device; frames of `max` bytes at most, without FCS, which are copied into buffers of `pool`.
-    pub(super) fn new(core: Arc<Core<D, C>>, queue: u32, size: u32, max: u32, pool: Pool) -> Self {
+    /// Ring `ring`, which is queue `queue` of the device; frames of `max` bytes at most, without FCS, which are copied into buffers of `pool`.
+    pub(crate) fn new(
+        core: Arc<Core<D, C>>,
+        (ring, queue): (u32, u32),
+        size: u32,
+        max: u32,
+        pool: Pool,
+    ) -> Self {
         Self {
-            ring: core.transmit_ring(queue).cast(),
+            ring: core.transmit_ring(ring).cast(),
             queue,
             mask: size - 1,
             next: 0,

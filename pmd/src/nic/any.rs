@@ -16,6 +16,7 @@ use crate::access::{PciDevice, config};
 use crate::dma::Arena;
 use crate::e1000e::E1000e;
 use crate::igb::Igb;
+use crate::igbvf::Igbvf;
 use crate::virtio_net::VirtioNet;
 
 /// A card that was opened, as [`Opened`].
@@ -38,8 +39,8 @@ macro_rules! drivers {
         #[allow(missing_docs, clippy::large_enum_variant)]
         pub enum AnyReceive { $($name(<$driver<VfioFunction> as Nic>::Receive),)+ }
 
-        /// A card's transmit queue.
-        #[allow(missing_docs)]
+        /// A card's transmit queue; as for those that receive.
+        #[allow(missing_docs, clippy::large_enum_variant)]
         pub enum AnyTransmit { $($name(<$driver<VfioFunction> as Nic>::Transmit),)+ }
 
         /// What the card is called whose PCI function has this identifier (device in the high half, vendor in the low); none
@@ -84,6 +85,7 @@ macro_rules! drivers {
 drivers! {
     E1000e: E1000e,
     Igb: Igb,
+    Igbvf: Igbvf,
     VirtioNet: VirtioNet,
 }
 

@@ -49,6 +49,10 @@ pub enum DeviceError {
         "receive descriptor {descriptor}: {what}; the device does not keep to its datasheet, and was stopped"
     )]
     Broken { descriptor: u32, what: String },
+    #[error("the adapter of this virtual function refuses {0}")]
+    Refused(&'static str),
+    #[error("the adapter of this virtual function was reset, or has changed what it may; open it again")]
+    Revoked,
     #[error("the port is down: {0}")]
     Down(String),
 }

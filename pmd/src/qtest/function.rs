@@ -8,16 +8,20 @@ use crate::access::{AccessError, Bar, GONE, IovaSpace, NarrowBar, PciDevice, con
 
 /// Configuration space of the root port and of the device behind it (PCI Express 4.0, section 7.2.2: a bus has 1 MiB, a
 /// device 32 KiB).
-const PORT: u64 = ECAM + (ROOT_PORT << 15);
-const DEVICE: u64 = ECAM + (1 << 20);
+pub(super) const PORT: u64 = ECAM + (ROOT_PORT << 15);
+pub(super) const DEVICE: u64 = ECAM + (1 << 20);
 
 /// Memory behind the root port.
 const WINDOW: u64 = 16 << 20;
 
-/// The device of a [`super::Machine`].
+/// The device of a [`super::Machine`], or one of its virtual functions.
 pub struct Function {
     pub(super) shared: Arc<Shared>,
     name: String,
+    /// Its configuration space.
+    at: u64,
+    /// What a virtual function is, which its own configuration space does not say (SR-IOV 1.1, section 3.4.1).
+    id: Option<u32>,
     bars: [Option<(u64, u32)>; 6],
 }
 
@@ -70,7 +74,18 @@ impl Function {
             }
         }
         write(DEVICE + u64::from(config::COMMAND), u64::from(config::COMMAND_MEMORY));
-        Ok(Self { shared: shared.clone(), name: name.to_owned(), bars })
+        Ok(Self { shared: shared.clone(), name: name.to_owned(), at: DEVICE, id: None, bars })
+    }
+
+    /// A virtual function, whose configuration space is at `at`, and its regions.
+    pub(super) fn of(
+        shared: &Arc<Shared>,
+        number: u16,
+        at: u64,
+        id: u32,
+        bars: [Option<(u64, u32)>; 6],
+    ) -> Self {
+        Self { shared: shared.clone(), name: format!("virtual function {number}"), at, id: Some(id), bars }
     }
 
     /// Where region `index` begins in the machine's memory.
@@ -109,11 +124,14 @@ impl PciDevice for Function {
     }
 
     fn config_read(&self, offset: u16) -> u32 {
-        self.shared.read(DEVICE + u64::from(offset & 0xffc), Width::Long) as u32
+        if let (config::ID, Some(id)) = (offset, self.id) {
+            return id;
+        }
+        self.shared.read(self.at + u64::from(offset & 0xffc), Width::Long) as u32
     }
 
     fn config_write(&self, offset: u16, value: u32) {
-        self.shared.write(DEVICE + u64::from(offset & 0xffc), Width::Long, value.into());
+        self.shared.write(self.at + u64::from(offset & 0xffc), Width::Long, value.into());
     }
 
     fn iova_space(&self) -> Arc<dyn IovaSpace> {

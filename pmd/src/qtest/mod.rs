@@ -16,6 +16,7 @@
 //! QEMU's models are not the hardware: they never reorder, never lose a write, and check little of what a driver does wrong.
 
 mod function;
+mod functions;
 mod protocol;
 mod qmp;
 mod vectors;
@@ -77,6 +78,8 @@ pub enum MachineError {
     Ended(String),
     #[error("QEMU refused {command}: {reason}")]
     Refused { command: String, reason: String },
+    #[error("the device has no virtual functions (SR-IOV)")]
+    NoFunctions,
     #[error("QEMU's connection broke while {0}")]
     Broken(&'static str),
     #[error("no PCI function behind the root port: is {0} a PCI Express device?")]
@@ -171,6 +174,14 @@ impl Machine {
     /// The device.
     pub fn function(&self) -> Arc<Function> {
         self.function.clone()
+    }
+
+    /// Turns on `count` virtual functions of the device, and finds them. Once, and before a driver takes the device.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn virtual_functions(&self, count: u16) -> Result<Vec<Arc<Function>>, MachineError> {
+        functions::enable(&self.shared, count)
     }
 
     /// Where the device finds memory.

@@ -6,5 +6,6 @@
 
 mod adapters;
 mod frames;
+mod functions;
 mod interrupts;
 mod queues;

@@ -1,0 +1,144 @@
+//! A virtual function that writes anything into its mailbox, against an adapter on a stand-in.
+
+use std::sync::Arc;
+
+use host::memory::Pages;
+use proptest::prelude::*;
+
+use super::regs::{
+    DTXSWC, MBVFICR, P2VMAILBOX, RAH2, RAL2, VFLRE, VFRE, VFTE, VLVF, VMBMEM, VMOLR, VMVIR, VT_CTL,
+};
+use super::{Igb, Settings};
+use crate::access::{Bar, PciDevice, Register};
+use crate::dma::{Arena, ArenaOptions};
+use crate::intel::regs::{MRQC, RAH, RAL, STATUS};
+use crate::intel::standin::{Identity, Standin};
+use crate::nic::{Nic, Opened, Options};
+
+/// Functions that are turned on; the second is hostile, the last pool the adapter's.
+const COUNT: u32 = 3;
+const HOSTILE: u32 = 1;
+
+struct World {
+    card: Arc<Standin>,
+    opened: Opened<Igb<Standin>>,
+}
+
+impl World {
+    fn new() -> Self {
+        let space = Arc::new(Identity::default());
+        let options = ArenaOptions { rings: 64 << 10, buffers: 400, pages: Pages::Ordinary, node: None };
+        let arena = Arena::new(options, space.clone()).unwrap();
+        let card = Standin::new(&space, Igb::<Standin>::IDS[0]);
+        let shared = STATUS::IOV_MODE.value() | STATUS::NUM_VFS.is(COUNT).value();
+        card.stuck.lock().unwrap().push((STATUS.offset(), 0x1f << 14, shared));
+        // None is ever reset: the stand-in does not clear what is written as ones.
+        card.stuck.lock().unwrap().push((VFLRE.offset(), u32::MAX, 0));
+        let options = Options { receive_ring: 64, transmit_ring: 64, spare: 8, ..Options::default() };
+        let opened = Igb::open(card.clone(), &arena, options).unwrap();
+        Self { card, opened }
+    }
+
+    /// Function `vf` asks for `words`; the adapter keeps house.
+    fn ask(&mut self, vf: u32, words: &[u32]) -> u32 {
+        let bar = self.card.bar(0, 0x20000).unwrap();
+        for (i, word) in (16 * vf..).zip(words) {
+            bar.write32(VMBMEM(i).offset(), *word);
+        }
+        bar.write32(MBVFICR.offset(), 1 << vf);
+        self.opened.nic.link().unwrap();
+        self.card.register(VMBMEM(16 * vf).offset())
+    }
+
+    /// What the hostile function must leave alone.
+    fn others(&self) -> Vec<u32> {
+        let read = |offset: u32| self.card.register(offset);
+        let mut all =
+            vec![read(MRQC.offset()), read(VT_CTL.offset()), read(RAL(0).offset()), read(RAH(0).offset())];
+        for pool in (0..=COUNT).filter(|&pool| pool != HOSTILE) {
+            all.extend([VMOLR(pool).offset(), VMVIR(pool).offset()].map(read));
+            all.extend([RAL2(pool).offset(), RAH2(pool).offset()].map(read));
+            all.extend([VMBMEM(16 * pool).offset(), P2VMAILBOX(pool).offset()].map(read));
+        }
+        let bit = 1 << HOSTILE;
+        all.extend([VFRE.offset(), VFTE.offset()].map(|at| read(at) & !bit));
+        all.push(read(DTXSWC.offset()) & !(bit | bit << 8));
+        all
+    }
+}
+
+#[test]
+fn a_function_that_keeps_its_mailbox_locked_is_not_waited_for_and_loses_the_lock() {
+    let mut world = World::new();
+    assert_eq!(world.ask(0, &[1]) >> 31, 1, "granted");
+    // The adapter never gets the lock.
+    world.card.stuck.lock().unwrap().push((P2VMAILBOX(0).offset(), 8, 0));
+    assert_eq!(world.ask(0, &[3]), 3, "not answered");
+    assert_eq!(world.card.register(P2VMAILBOX(0).offset()), 1 << 4, "taken from it");
+    assert_eq!(world.opened.nic.virtual_functions()[0].refused, 1);
+}
+
+#[test]
+fn nothing_is_granted_before_a_function_has_begun_and_after_it_was_reset() {
+    let mut world = World::new();
+    assert_eq!(world.ask(1, &[4 | 1 << 16, 100]), 4 | 1 << 16 | 1 << 30, "refused");
+    world.ask(1, &[1]);
+    assert_eq!(world.ask(1, &[4 | 1 << 16, 100]), 4 | 1 << 16 | 5 << 29, "granted, and clear to send");
+    assert_eq!(world.opened.nic.virtual_functions()[1].vlans, [100]);
+    world.opened.nic.set_virtual_function(1, Settings::default()).unwrap();
+    assert_eq!(world.ask(1, &[5, 1500]) >> 30, 1, "refused");
+    assert!(world.opened.nic.virtual_functions()[1].vlans.is_empty());
+}
+
+#[test]
+fn a_function_has_its_share_of_vlans_and_one_that_it_leaves_makes_room() {
+    let mut world = World::new();
+    world.ask(1, &[1]);
+    let mut granted = |join: u32, vlan: u32| world.ask(1, &[4 | join << 16, vlan]) >> 31 == 1;
+    assert_eq!([1, 2, 3, 4, 5, 4].map(|vlan| granted(1, vlan)), [true, true, true, true, false, true]);
+    assert!(granted(0, 2) && granted(1, 5) && !granted(1, 6));
+    assert!(!granted(1, 0) && !granted(1, 4096));
+    let mut vlans = world.opened.nic.virtual_functions()[1].vlans.clone();
+    vlans.sort_unstable();
+    assert_eq!(vlans, [1, 3, 4, 5]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 100 }))]
+
+    #[test]
+    fn whatever_a_function_asks_for_the_others_keep_what_they_have(
+        trusted in any::<bool>(),
+        requests in proptest::collection::vec((0..10u32, any::<u32>(), any::<[u32; 4]>(), any::<bool>()), 1..100)
+    ) {
+        let mut world = World::new();
+        for vf in [0, 2] {
+            world.ask(vf, &[1]);
+        }
+        let settings = Settings { trusted, ..Settings::default() };
+        world.opened.nic.set_virtual_function(HOSTILE, settings).unwrap();
+        let before = world.others();
+        let taken = [0, 2].map(|n: usize| world.opened.nic.virtual_functions()[n].mac);
+        world.ask(HOSTILE, &[1]);
+        for (kind, number, [a, b, c, d], plausible) in requests {
+            // Mostly kinds that mean something, and VLANs that exist.
+            let first = if plausible { kind | number & if kind == 2 { 0 } else { 0x3_0000 } } else { number };
+            let a = match (kind, plausible) {
+                (2, true) if number & 1 == 0 => u32::from_le_bytes([taken[0][0], 0, 0, 0]),
+                (4, true) => a & 0xfff,
+                _ => a,
+            };
+            world.ask(HOSTILE, &[first, a, if kind == 2 { b & (0xffff * (number & 1)) } else { b }, c, d]);
+            let function = &world.opened.nic.virtual_functions()[HOSTILE as usize];
+            prop_assert!(function.vlans.len() <= 4 && !taken.contains(&function.mac) && function.mac[0] & 1 == 0);
+            prop_assert!((68..=9728).contains(&function.longest));
+        }
+        let heard = &world.opened.nic.virtual_functions()[HOSTILE as usize];
+        prop_assert!(heard.granted + heard.refused > 0);
+        prop_assert_eq!(world.others(), before);
+        // VLANs are its own and the adapter's.
+        let vlans = (0..32).map(|i| world.card.register(VLVF(i).offset())).filter(|v| v >> 31 == 1);
+        let pools: Vec<u32> = vlans.map(|v| v >> 12 & 0xff).collect();
+        prop_assert!(pools.len() <= 4 && pools.iter().all(|&p| p == 1 << HOSTILE | 1 << COUNT), "{pools:?}");
+    }
+}

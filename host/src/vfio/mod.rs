@@ -12,6 +12,7 @@
 mod addresses;
 mod container;
 mod device;
+mod faults;
 mod sys;
 
 use std::io;
@@ -19,6 +20,7 @@ use std::path::Path;
 
 pub use container::Container;
 pub use device::{Device, Interrupt, Region};
+pub use faults::{Fault, Faults, LOG};
 pub use sys::REQUESTS;
 
 use crate::pci::{self, Bdf, VFIO, listed};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 
 use host::memory::Pages;
 use host::pci::{self, Bdf};
-use host::vfio::VfioError;
+use host::vfio::{Faults, VfioError};
 use pmd::access::vfio::{VfioFunction, VfioSpace};
 use pmd::dma::{Arena, ArenaError, ArenaOptions};
 use pmd::nic::{self, AnyNic, AnyReceive, AnyTransmit, DeviceError, OpenedAny, Options};
@@ -43,6 +43,8 @@ impl CardError {
 #[derive(Default)]
 pub(crate) struct Cards {
     space: Option<VfioSpace>,
+    /// What the IOMMU refuses, if we may know.
+    faults: Option<Faults>,
     /// By memory node. Gone when the last card of a node is closed.
     arenas: BTreeMap<Option<u32>, Weak<Arena>>,
     /// Queue pairs that the configuration has on each node.
@@ -98,7 +100,10 @@ impl Cards {
     ) -> Result<OpenedCard, CardError> {
         let space = match self.space.take() {
             Some(space) => space,
-            None => VfioSpace::new()?,
+            None => {
+                self.faults = Faults::listen();
+                VfioSpace::new()?
+            }
         };
         let space = self.space.insert(space);
         let function = space.open(bdf, token)?;
@@ -130,6 +135,14 @@ impl Cards {
         self.arenas.insert(node, Arc::downgrade(&arena));
         let queues = receive.into_iter().zip(transmit).collect();
         Ok(OpenedCard { card: Card { nic, function, link: None }, queues, node })
+    }
+}
+
+impl Cards {
+    /// Cards that reached for memory that is not theirs since this was last asked, with the kernel's words.
+    pub(crate) fn faults(&mut self) -> Vec<(Bdf, String)> {
+        let heard = self.faults.as_mut().map(Faults::heard).unwrap_or_default();
+        heard.into_iter().map(|fault| (fault.bdf, fault.text)).collect()
     }
 }
 

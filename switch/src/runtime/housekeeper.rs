@@ -192,9 +192,20 @@ impl Housekeeper {
     /// Follows the links of cards, and closes those that must go.
     fn look_at_cards(&mut self) {
         let mut stopped = Vec::new();
+        let faults = self.cards.faults();
         for running in &mut self.ports {
             let Attached::Device(port) = &running.port else { continue };
-            match port.look_at_card() {
+            let fault = match &running.config.behind {
+                Behind::Nic { bdf, .. } if port.has_card() => faults.iter().find(|(who, _)| who == bdf),
+                _ => None,
+            };
+            let looked = match fault {
+                Some((_, text)) => {
+                    Err(format!("the card reached for memory that is not mapped for it ({text})"))
+                }
+                None => port.look_at_card(),
+            };
+            match looked {
                 Ok(None) => {}
                 Ok(Some(up)) => {
                     tracing::info!(

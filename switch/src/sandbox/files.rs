@@ -21,8 +21,8 @@ const KNOWN: ABI = ABI::V7;
 /// Cores and memory nodes, which placement and reports look up.
 const MACHINE: &str = "/sys/devices/system";
 
-/// What is known of network cards, and their groups; huge pages for them.
-const CARDS: [&str; 3] = ["/sys/devices", "/sys/bus/pci", "/sys/kernel"];
+/// What is known of network cards, and their groups; huge pages for them; what the IOMMU refused them.
+const CARDS: [&str; 4] = ["/sys/devices", "/sys/bus/pci", "/sys/kernel", host::vfio::LOG];
 
 /// The files could not be confined.
 #[derive(Debug, thiserror::Error)]

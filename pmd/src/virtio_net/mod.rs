@@ -3,6 +3,10 @@
 mod core;
 mod pci;
 mod receive;
+#[cfg(test)]
+mod standin;
+#[cfg(test)]
+mod tests;
 mod transmit;
 
 use std::sync::Arc;

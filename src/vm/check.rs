@@ -114,7 +114,8 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
     for (disk, size) in config.disk.iter().zip(preflight.disk_sizes()) {
         let how = if disk.read_only { "read" } else { "read and write" };
         let (path, size) = (disk.path.display(), output::bytes(size));
-        writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s)", disk.name, disk.queues)?;
+        let direct = if disk.direct { ", beside the page cache" } else { "" };
+        writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s){direct}", disk.name, disk.queues)?;
     }
     writeln!(text, "  connect the serial console to {}", config.serial)?;
     if config.console != SerialTo::Off {

@@ -50,7 +50,7 @@ macro_rules! keys {
             /// A network card, as often as there are cards: vhost-user,socket=PATH, and mode, packed, wait; or tap,device=NAME; and mac, queue_size, mtu.
             #[arg(long, value_name = "CARD", help_heading = "Instead of a FILE")]
             net: Vec<String>,
-            /// A disk, as often as there are disks: raw,path=FILE, and read_only, serial, discard, queues, queue_size.
+            /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, queues, queue_size.
             #[arg(long, value_name = "DISK", help_heading = "Instead of a FILE")]
             disk: Vec<String>,
         }

@@ -1,4 +1,4 @@
-//! Pieces of guest memory that a request consists of.
+//! Pieces of guest memory that a request consists of, or of our own in between.
 //!
 //! Owns the arithmetic on them; every byte is read or written at most as often as it is asked for, and only within what the
 //! ring checked. Never knows what the bytes mean.
@@ -29,7 +29,23 @@ impl<'r> Request<'r> {
     }
 }
 
+/// Memory of our own that is aligned for any device.
+#[derive(Clone)]
+#[repr(align(4096))]
+pub(crate) struct Page(pub(crate) [u8; Page::LEN]);
+
+impl Page {
+    pub(crate) const LEN: usize = 4096;
+}
+
 impl<'r> Buffers<'r> {
+    /// The first `length` bytes of `pages`, for as long as they are borrowed.
+    pub(crate) fn of_pages(pages: &'r mut [Page], length: u64) -> Self {
+        let piece =
+            |page: &mut Page| libc::iovec { iov_base: page.0.as_mut_ptr().cast(), iov_len: Page::LEN };
+        Self { pieces: pages.iter_mut().map(piece).collect(), ring: PhantomData }.take(length)
+    }
+
     fn new(buffers: impl Iterator<Item = Buffer>) -> Self {
         let piece = |b: Buffer| libc::iovec { iov_base: b.ptr.cast(), iov_len: b.len as usize };
         Self { pieces: buffers.map(piece).collect(), ring: PhantomData }

@@ -129,6 +129,8 @@ keys! {
         path: FileName,
         /// Whether the guest may only read it.
         read_only: bool,
+        /// Whether reads and writes pass by the host's page cache.
+        direct: bool,
         /// What the guest sees as its serial number.
         serial: Serial,
         /// Whether the guest may give back what it does not need any more.

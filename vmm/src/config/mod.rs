@@ -117,6 +117,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// Whether reads and writes pass by the host's page cache.
+    pub direct: bool,
     /// What the guest sees as its serial number, up to 20 bytes.
     pub serial: String,
     /// Whether the guest may give back what it does not need any more.

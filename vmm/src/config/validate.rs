@@ -216,6 +216,7 @@ fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problem
         name: keys.name.map_or_else(|| format!("disk{number}"), |name| name.into_inner().0),
         path: keys.path?.into_inner().0,
         read_only: keys.read_only.is_some_and(Spanned::into_inner),
+        direct: keys.direct.is_some_and(Spanned::into_inner),
         serial: keys.serial.map_or_else(String::new, |serial| serial.into_inner().0),
         discard: keys.discard.is_none_or(Spanned::into_inner),
         queues: keys.queues.map_or(1, |queues| queues.get_ref().get()),

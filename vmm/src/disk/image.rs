@@ -8,13 +8,14 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
-use crate::buffers::Buffers;
+use super::direct::{self, Alignment};
+use crate::buffers::{Buffers, Page};
 use crate::config::DiskConfig;
 
 /// Bytes of a sector, whatever the disk's blocks are (virtio 1.3, 5.2.4).
 pub(crate) const SECTOR: u64 = 512;
 /// What is written at once where the host has no better way to write zeros.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: Page = Page([0; Page::LEN]);
 
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +33,17 @@ pub enum DiskError {
     /// Neither a file nor a block device.
     #[error("`disk`: {} is neither a file nor a block device; name a raw image", .0.display())]
     Kind(PathBuf),
-    /// Smaller than a sector.
-    #[error("`disk`: {} is smaller than a sector of 512 bytes; give it a size: truncate -s 8G {}", .0.display(), .0.display())]
-    Empty(PathBuf),
+    /// Smaller than a block.
+    #[error("`disk`: {} is smaller than a block of {block} bytes; give it a size: truncate -s 8G {}", .path.display(), .path.display())]
+    Empty {
+        /// Which.
+        path: PathBuf,
+        /// Bytes.
+        block: u32,
+    },
+    /// The host's page cache cannot be passed by.
+    #[error("`disk`: {}: its file system has no O_DIRECT; leave `direct` out, or put the image on another one (ext4, XFS)", .0.display())]
+    NotDirect(PathBuf),
     /// Somebody else has it.
     #[error("`disk`: {} is in use by another machine; two that write to one disk destroy it (`read_only = true` on both shares it)", .0.display())]
     InUse(PathBuf),
@@ -48,6 +57,8 @@ pub enum DiskError {
 pub(crate) struct Image {
     file: File,
     sectors: u64,
+    block: u32,
+    direct: Option<Alignment>,
 }
 
 impl Image {
@@ -62,9 +73,12 @@ impl Image {
         let file = OpenOptions::new()
             .read(true)
             .write(!config.read_only)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | if config.direct { libc::O_DIRECT } else { 0 })
             .open(&config.path)
-            .map_err(|source| open_error(&config.path, source))?;
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EINVAL) if config.direct => DiskError::NotDirect(path()),
+                _ => open_error(&config.path, source),
+            })?;
         let metadata = file.metadata().map_err(|source| open_error(&config.path, source))?;
         let sort = metadata.file_type();
         if !sort.is_file() && !sort.is_block_device() {
@@ -76,33 +90,65 @@ impl Image {
             Err(TryLockError::WouldBlock) => return Err(DiskError::InUse(path())),
             Err(TryLockError::Error(source)) => return Err(open_error(&config.path, source)),
         }
+        let direct = match config.direct {
+            true => Some(Alignment::of(&file)?.ok_or_else(|| DiskError::NotDirect(path()))?),
+            false => None,
+        };
+        let block = direct.map_or(SECTOR as u32, |alignment| alignment.offset);
         // A block device's metadata has no length.
         let bytes = (&file).seek(SeekFrom::End(0)).map_err(|source| open_error(&config.path, source))?;
-        if bytes < SECTOR {
-            return Err(DiskError::Empty(path()));
+        if bytes < block.into() {
+            return Err(DiskError::Empty { path: path(), block });
         }
-        Ok(Self { file, sectors: bytes / SECTOR })
+        let sectors = bytes / u64::from(block) * (u64::from(block) / SECTOR);
+        Ok(Self { file, sectors, block, direct })
     }
 
-    /// How many sectors it has; what does not fill the last one is left out.
+    /// Bytes of its blocks: nothing smaller is read or written. A power of two.
+    pub(super) fn block(&self) -> u32 {
+        self.block
+    }
+
+    /// How many sectors it has; what does not fill the last block is left out.
     pub(crate) fn sectors(&self) -> u64 {
         self.sectors
     }
 
     /// Fills `to` with what begins at byte `at`.
     pub(super) fn read(&self, at: u64, to: Buffers<'_>) -> io::Result<()> {
+        if self.takes(&to) {
+            self.read_there(to, at)
+        } else {
+            direct::read(at, to, |to, at| self.read_there(to, at))
+        }
+    }
+
+    fn read_there(&self, to: Buffers<'_>, at: u64) -> io::Result<()> {
         whole(to, at, |pieces, at| {
-            // SAFETY: the pieces lie in guest memory that is mapped while `to` is borrowed; the kernel writes there.
+            // SAFETY: the pieces lie in guest memory that is mapped while `to` is borrowed, or in memory that it borrows; the
+            // kernel writes there.
             unsafe { libc::preadv(self.raw(), pieces.as_ptr(), pieces.len() as libc::c_int, at) }
         })
     }
 
     /// Writes `from` at byte `at`.
     pub(super) fn write(&self, at: u64, from: Buffers<'_>) -> io::Result<()> {
+        match self.takes(&from) {
+            true => self.write_there(from, at),
+            false => direct::write(at, from, |from, at| self.write_there(from, at)),
+        }
+    }
+
+    fn write_there(&self, from: Buffers<'_>, at: u64) -> io::Result<()> {
         whole(from, at, |pieces, at| {
-            // SAFETY: as in `read`; the kernel reads there.
+            // SAFETY: as in `read_there`; the kernel reads there.
             unsafe { libc::pwritev(self.raw(), pieces.as_ptr(), pieces.len() as libc::c_int, at) }
         })
+    }
+
+    /// Whether the host's kernel takes memory as it is.
+    fn takes(&self, memory: &Buffers<'_>) -> bool {
+        self.direct.is_none_or(|alignment| alignment.suits(memory.pieces()))
     }
 
     /// What was written before is on the disk from now on.
@@ -128,9 +174,9 @@ impl Image {
         }
         let (mut at, end) = (at, at + bytes);
         while at < end {
-            let length = (end - at).min(ZEROS.len() as u64) as usize;
-            self.file.write_all_at(ZEROS.get(..length).unwrap_or_default(), at)?;
-            at += length as u64;
+            let length = (end - at).min(Page::LEN as u64);
+            self.file.write_all_at(ZEROS.0.get(..length as usize).unwrap_or_default(), at)?;
+            at += length;
         }
         Ok(())
     }

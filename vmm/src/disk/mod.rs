@@ -1,8 +1,9 @@
 //! A disk: virtio-blk (virtio 1.3, 5.2) on a raw image or a block device.
 //!
 //! Owns what the guest's driver sees of it: size, features, limits. Requests are read and answered in [`request`], by a
-//! thread for each queue; [`image`] is the host's side. No vCPU waits for a disk.
+//! thread for each queue; [`image`] is the host's side, [`direct`] what O_DIRECT asks for. No vCPU waits for a disk.
 
+mod direct;
 pub(crate) mod image;
 mod request;
 #[cfg(test)]
@@ -41,6 +42,7 @@ const MOST_SECTORS: u32 = 65_536;
 pub(crate) struct Disk {
     offered: u64,
     sectors: u64,
+    block: u32,
     queues: u16,
     queue_size: u16,
     workers: Workers,
@@ -81,6 +83,7 @@ impl Disk {
         Ok(Self {
             offered,
             sectors: image.sectors(),
+            block: image.block(),
             queues: config.queues,
             queue_size: config.queue_size,
             workers: Workers::new(&config.name, memory, (0..config.queues).map(server).collect())?,
@@ -104,7 +107,7 @@ impl VirtioDevice for Disk {
     /// 5.2.4: capacity, then fields of 32 bits, but for those that say otherwise.
     fn config(&self) -> Vec<u8> {
         let buffers = u32::from(MOST_BUFFERS.min(self.queue_size.saturating_sub(2)).max(1));
-        let block = image::SECTOR as u32;
+        let block = self.block;
         let mut config = self.sectors.to_le_bytes().to_vec();
         let mut add = |words: &[u32]| config.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         // size_max; seg_max; geometry; blk_size; topology, two words.

@@ -111,6 +111,25 @@ fn what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces() 
 }
 
 #[test]
+fn a_disk_beside_the_page_cache_takes_memory_that_is_not_aligned_and_says_what_its_blocks_are() {
+    let mut guest = Guest::with("direct = true");
+    let block = u32::from_le_bytes(guest.disk.config()[20..24].try_into().unwrap());
+    assert!(block.is_power_of_two() && (512..=4096).contains(&block), "{block}");
+    let data: Vec<u8> = (0..8192_u32).map(|i| (i * 7) as u8).collect();
+    guest.write(DATA, &data);
+    // Two blocks of 4 KiB: aligned, and in pieces that no disk takes.
+    assert_eq!(guest.request(1, 8, &[(DATA, 4096, false)]), (1, 0));
+    let pieces = [(DATA + 4096, 100, false), (DATA + 4196, 3001, false), (DATA + 7197, 995, false)];
+    assert_eq!(guest.request(1, 16, &pieces), (1, 0));
+    assert!(guest.contents()[4096..12_288] == data);
+    let to = DATA + 0x4001;
+    assert_eq!(guest.request(0, 8, &[(to, 1, true), (to + 1, 8191, true)]), (8193, 0));
+    assert!(guest.read(to, 8192) == data);
+    assert_eq!((guest.range(11, 0, 8, 0), guest.range(13, 8, 8, 0)), (0, 0));
+    assert!(guest.contents()[..8192].iter().all(|byte| *byte == 0));
+}
+
+#[test]
 fn what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing() {
     let mut guest = Guest::with("");
     let before = guest.contents();
@@ -238,7 +257,7 @@ fn two_machines_do_not_share_a_disk_that_one_of_them_writes() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("small");
     std::fs::write(&file, [0; 511]).unwrap();
-    assert!(matches!(disk(&file, ""), Err(DiskError::Empty(_))));
+    assert!(matches!(disk(&file, ""), Err(DiskError::Empty { .. })));
     assert!(matches!(disk(folder.path(), "read_only = true"), Err(DiskError::Kind(_))));
     assert!(disk(&folder.path().join("none"), "").unwrap_err().to_string().contains("truncate -s 8G"));
 }

@@ -14,13 +14,15 @@ use std::ptr::NonNull;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::topology::{self, HugePool};
 
-/// Bytes that are worth a thread of their own to make present, and the most threads that share the work.
-const POPULATE_EACH: usize = 256 << 20;
+/// Bytes that are worth a thread of their own to make present (some 6 ms of work), and the most threads that share it.
+const POPULATE_EACH: usize = 64 << 20;
 const POPULATE_THREADS: usize = 16;
+/// What the kernel joins ordinary pages to, where it can.
+const JOINED: usize = 2 << 20;
 
 /// Which pages memory is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,13 +184,9 @@ impl SharedMemory {
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))
             .map_err(kernel("cannot seal a memory file", ""))?;
 
-        // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory that is in use.
-        let start = unsafe {
-            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, &file, 0)
-        }
-        .map_err(kernel("cannot map shared memory", HUGE_HINT))?;
+        let start = map(&file, len, pages).map_err(kernel("cannot map shared memory", HUGE_HINT))?;
         // From here on, dropping `memory` unmaps it.
-        let memory = Self { file, start: start.cast(), len: len.get(), pages };
+        let memory = Self { file, start, len: len.get(), pages };
         if let Some(node) = node {
             memory.bind(node).map_err(kernel("cannot bind memory to its node", NODE_HINT))?;
         }
@@ -205,17 +203,41 @@ impl SharedMemory {
     fn populate(&self) -> nix::Result<()> {
         let permitted = topology::permitted_cores().map_or(1, |cores| cores.len());
         let threads = permitted.min(self.len / POPULATE_EACH).clamp(1, POPULATE_THREADS);
-        let share = (self.len / threads).next_multiple_of(self.pages.size());
+        let share = (self.len / threads).next_multiple_of(self.pages.size().max(JOINED));
         std::thread::scope(|scope| {
             let shares: Vec<_> = (0..self.len)
                 .step_by(share)
                 .map(|from| {
-                    let len = share.min(self.len - from);
-                    scope.spawn(move || self.advise_part(from, len, libc::MADV_POPULATE_WRITE))
+                    let to = self.len.min(from + share);
+                    scope.spawn(move || {
+                        let from = if self.pages == Pages::Ordinary { self.join(from, to)? } else { from };
+                        if from == to {
+                            Ok(())
+                        } else {
+                            self.advise_part(from, to - from, libc::MADV_POPULATE_WRITE)
+                        }
+                    })
                 })
                 .collect();
             shares.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(nix::Error::EINTR)))
         })
+    }
+
+    /// Makes memory present in joined pages, also where the kernel is not set to join those of files by itself (it is not by
+    /// default). A virtual machine enters each page for itself at its first access, which is one exit then instead of 512. Returns
+    /// how far it came: where one cannot be had, others are not asked for, which could take long.
+    fn join(&self, from: usize, to: usize) -> nix::Result<usize> {
+        for at in (from..to).step_by(JOINED) {
+            if to - at < JOINED {
+                return Ok(at);
+            }
+            // The kernel joins what has a page at least, and fills the rest with zeros.
+            self.advise_part(at, self.pages.size(), libc::MADV_POPULATE_WRITE)?;
+            if self.advise_part(at, JOINED, libc::MADV_COLLAPSE).is_err() {
+                return Ok(at);
+            }
+        }
+        Ok(to)
     }
 
     /// Locks every page in memory: none is swapped out or moved to another place to be compacted.
@@ -306,6 +328,37 @@ impl fmt::Debug for SharedMemory {
     }
 }
 
+/// Maps `len` bytes of `file`; where ordinary pages are to be joined, at a multiple of what they become.
+fn map(file: &File, len: NonZeroUsize, pages: Pages) -> nix::Result<NonNull<u8>> {
+    let (access, shared) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
+    let joins = pages == Pages::Ordinary && len.get() >= JOINED;
+    let room = len.checked_add(JOINED).filter(|_| joins);
+    let Some(room) = room else {
+        // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory that is in use.
+        return Ok(unsafe { mmap(None, len, access, shared, file, 0) }?.cast());
+    };
+    // SAFETY: as above; these are addresses only.
+    let whole = unsafe {
+        mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
+    }?;
+    let before = whole.as_ptr().align_offset(JOINED);
+    let start = whole.map_addr(|address| address.saturating_add(before));
+    // SAFETY: it replaces a part of the mapping that was just made and that nobody knows.
+    let mapped = unsafe { mmap(Some(start.addr()), len, access, shared | MapFlags::MAP_FIXED, file, 0) };
+    let parts = match mapped {
+        Ok(_) => [
+            (whole, before),
+            (start.map_addr(|at| at.saturating_add(len.get())), room.get() - before - len.get()),
+        ],
+        Err(_) => [(whole, room.get()), (whole, 0)],
+    };
+    for (part, size) in parts.into_iter().filter(|(_, size)| *size > 0) {
+        // SAFETY: what is left of that mapping, in whole pages.
+        let _ = unsafe { munmap(part, size) };
+    }
+    mapped.map(NonNull::cast)
+}
+
 const HUGE_HINT: &str = "; huge pages may be reserved by other processes (HugePages_Rsvd in /proc/meminfo)";
 const NODE_HINT: &str = "; the nodes of this machine: ls -d /sys/devices/system/node/node*";
 const POPULATE_HINT: &str = "; the memory ran out meanwhile, or a cgroup limit (memory.max, hugetlb.*.max) is too low; \
@@ -346,110 +399,4 @@ fn available_memory() -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use nix::sys::mman::mmap as map_file;
-
-    fn free_2m() -> u64 {
-        count_huge(&topology::huge_pools(Path::new("/")), 2 << 20, None).1
-    }
-
-    /// Whether all of the mapping is in memory.
-    fn present(memory: &SharedMemory) -> bool {
-        let mut map = vec![0u8; memory.len() / 4096];
-        // SAFETY: the kernel writes a byte for each page of the range to `map`.
-        let r = unsafe { libc::mincore(memory.as_ptr().cast(), memory.len(), map.as_mut_ptr()) };
-        r == 0 && map.iter().all(|b| b & 1 == 1)
-    }
-
-    #[test]
-    fn ordinary_memory_is_rounded_up_present_and_shared_through_its_file() {
-        let memory = SharedMemory::new(1_000_001, Pages::Ordinary, None).unwrap();
-        assert_eq!((memory.len(), memory.pages()), (1_003_520, Pages::Ordinary));
-        assert!(present(&memory));
-        let len = NonZeroUsize::new(memory.len()).unwrap();
-        // SAFETY: a new mapping, used below through raw pointers only.
-        let peer =
-            unsafe { map_file(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, memory.file(), 0) };
-        let peer = peer.unwrap().cast::<u8>();
-        // SAFETY: both mappings have `len` bytes.
-        unsafe {
-            memory.as_ptr().add(1_000_000).write_volatile(42);
-            assert_eq!(peer.add(1_000_000).read_volatile(), 42);
-            munmap(peer.cast(), len.get()).unwrap();
-        }
-    }
-
-    #[test]
-    fn a_peer_cannot_shrink_the_file_nor_seal_it_further() {
-        let memory = SharedMemory::new(8192, Pages::Ordinary, None).unwrap();
-        let peers = File::from(memory.file().try_clone_to_owned().unwrap());
-        assert_eq!(peers.set_len(0).unwrap_err().raw_os_error(), Some(libc::EPERM));
-        assert!(fcntl(&peers, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE)).is_err());
-    }
-
-    #[test]
-    fn memory_that_several_threads_fill_is_all_there_and_can_be_locked() {
-        let memory = SharedMemory::new(2 * POPULATE_EACH + 4096, Pages::Ordinary, None).unwrap();
-        assert!(present(&memory));
-        let locked = || -> u64 {
-            let status = std::fs::read_to_string("/proc/self/status").unwrap();
-            let line = status.lines().find_map(|l| l.strip_prefix("VmLck:")).unwrap();
-            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
-        };
-        match memory.lock() {
-            Ok(()) => assert!(locked() >= memory.len() as u64),
-            Err(error) => assert!(error.to_string().contains("ulimit -l"), "{error}"),
-        }
-    }
-
-    #[test]
-    fn memory_on_node_0_lies_there() {
-        let memory = SharedMemory::new(1 << 20, Pages::Ordinary, Some(0)).unwrap();
-        let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap();
-        let address = format!("{:x} ", memory.as_ptr() as usize);
-        let line = maps.lines().find(|l| l.starts_with(&address)).expect("the mapping is listed");
-        assert!(line.contains("bind:0") && line.contains("N0="), "{line}");
-    }
-
-    #[test]
-    fn a_node_that_does_not_exist_is_refused() {
-        let text = SharedMemory::new(4096, Pages::Ordinary, Some(1023)).unwrap_err().to_string();
-        assert!(text.contains("ls -d /sys/devices/system/node/node*"), "{text}");
-        assert!(SharedMemory::new(4096, Pages::Ordinary, Some(u32::MAX)).is_err());
-    }
-
-    #[test]
-    fn auto_takes_huge_pages_where_there_are_free_ones() {
-        let before = free_2m();
-        let memory = SharedMemory::new(3 << 20, Pages::Auto, None).unwrap();
-        if memory.pages() == Pages::Huge2M {
-            assert_eq!(memory.len(), 4 << 20);
-            let pages = count_huge(&topology::huge_pools(Path::new("/")), 2 << 20, None);
-            assert!(pages.0 - pages.1 >= 2, "two are in use: {pages:?}");
-        } else {
-            assert!(before < 2, "{before} huge pages were free");
-            assert_eq!(memory.len(), 3 << 20);
-        }
-    }
-
-    #[test]
-    fn too_few_huge_pages_are_refused_with_figures_and_the_command() {
-        let error = SharedMemory::new(1 << 50, Pages::Huge2M, None).unwrap_err();
-        let text = error.to_string();
-        assert!(matches!(error, MemoryError::HugePages { needed: 536_870_912, .. }), "{text}");
-        assert_eq!(
-            shortage(64, 2 << 20, Some(0), 20, 12),
-            "64 huge pages of 2 MiB on node 0, 12 are free: echo 72 > \
-             /sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages"
-        );
-        let auto = SharedMemory::new(1 << 50, Pages::Auto, None).unwrap_err().to_string();
-        assert!(auto.starts_with("needs 1073741824 MiB of memory, "), "{auto}");
-    }
-
-    #[test]
-    fn sizes_that_make_no_sense_are_refused() {
-        assert!(matches!(SharedMemory::new(0, Pages::Auto, None), Err(MemoryError::Size(0))));
-        assert!(matches!(SharedMemory::new(usize::MAX, Pages::Ordinary, None), Err(MemoryError::Size(_))));
-    }
-}
+mod tests;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -36,7 +36,7 @@ pub(crate) struct Output {
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for byte in bytes {
-            if self.queue.try_send(*byte).is_err() {
+            if self.queue.len() >= QUEUE || self.queue.send(*byte).is_err() {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -67,7 +67,8 @@ impl Console {
             SerialTo::Stdio => Box::new(io::stdout()),
             SerialTo::File(path) => Box::new(create(path)?),
         };
-        let (queue, bytes) = bounded(QUEUE);
+        // One of `bounded` is in memory whole from the start: 4 MiB.
+        let (queue, bytes) = unbounded();
         let (done, written) = bounded(1);
         std::thread::Builder::new().name("console".to_owned()).spawn(move || {
             write_out(&bytes, sink);
@@ -182,5 +183,24 @@ impl RawTerminal {
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         let _ = nix::sys::termios::tcsetattr(io::stdin(), nix::sys::termios::SetArg::TCSANOW, &self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_reads_is_kept_up_to_a_bound_and_counted_beyond() {
+        let (queue, bytes) = unbounded();
+        let mut output = Output { queue, lost: Arc::default() };
+        output.write_all(&[7; QUEUE - 1]).unwrap();
+        output.write_all(b"ab").unwrap();
+        output.write_all(b"cde").unwrap();
+        assert_eq!((bytes.len(), output.lost.load(Ordering::Relaxed)), (QUEUE, 4));
+        assert_eq!(bytes.try_iter().last(), Some(b'a'));
+        drop(bytes);
+        output.write_all(b"f").unwrap();
+        assert_eq!(output.lost.load(Ordering::Relaxed), 5, "nobody is there any more");
     }
 }

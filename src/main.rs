@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod interrupt;
+mod latency;
 mod log;
 mod nic;
 mod output;
@@ -30,6 +31,7 @@ enum Command {
     /// Measures a switch: rates, loss and latency by frame size.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    Latency(latency::LatencyArgs),
     #[command(subcommand)]
     Nic(nic::NicCommand),
     Switch(switch::SwitchArgs),
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
     let done = match Cableway::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Latency(args) => latency::run(&args),
         Command::Nic(command) => nic::run(command),
         Command::Switch(args) => switch::run(args),
         Command::Vm(args) => vm::run(*args),

@@ -90,8 +90,13 @@ impl Latencies {
         (self.samples() > 0).then(|| clock.nanos(self.cycles.max()))
     }
 
-    /// Everything that a report says of it.
+    /// Everything that a report of traffic says of it.
     pub fn summary(&self, clock: &Clock) -> Summary {
+        self.summary_of(&PERCENTILES, clock)
+    }
+
+    /// The same with other percentiles: names and percents.
+    pub fn summary_of(&self, percentiles: &[(&'static str, f64)], clock: &Clock) -> Summary {
         let percentile = |&(name, percent): &(&'static str, f64)| Percentile {
             name,
             percent,
@@ -100,7 +105,7 @@ impl Latencies {
         Summary {
             samples: self.samples(),
             min_ns: (self.samples() > 0).then(|| clock.nanos(self.cycles.min())),
-            percentiles: PERCENTILES.iter().map(percentile).collect(),
+            percentiles: percentiles.iter().map(percentile).collect(),
             max_ns: self.max(clock),
         }
     }

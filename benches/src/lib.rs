@@ -13,6 +13,7 @@ pub mod histogram;
 pub mod machine;
 pub mod pace;
 pub mod pinger;
+pub mod quiet;
 pub mod reflector;
 pub mod report;
 pub mod search;

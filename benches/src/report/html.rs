@@ -12,7 +12,8 @@ const PARTIAL: &str = "#e08a1e";
 const NO_DROP: &str = "#1f6fd6";
 const LOADS: [&str; 3] = ["#7fb8e6", "#2f7fd1", "#123f7a"];
 
-const STYLE: &str = "\
+/// How every page looks.
+pub(super) const STYLE: &str = "\
 :root{color-scheme:light}\
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2024;background:#fff;max-width:1360px;margin:2rem auto;padding:0 1.5rem}\
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}\
@@ -107,7 +108,7 @@ fn latency_chart(r: &SizeResult) -> Chart {
 }
 
 /// A time without the digits that a round one does not need.
-fn round_time(ns: f64) -> String {
+pub(super) fn round_time(ns: f64) -> String {
     let text = time(ns);
     match text.split_once(' ') {
         Some((value, unit)) if value.contains('.') => {
@@ -183,7 +184,8 @@ fn facts(report: &Report) -> String {
     format!("<table class=\"facts\">{}</table>", facts.iter().map(row).collect::<String>())
 }
 
-fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+/// A table: its head and its rows.
+pub(super) fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let cells = |tag: &str, cells: &mut dyn Iterator<Item = &str>| {
         cells.map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect::<String>()
     };

@@ -1,8 +1,9 @@
-//! What a campaign found, as a table, as JSON and as one page.
+//! What was found, as a table, as JSON and as one page: a campaign's here, that of cores in [`cores`].
 //!
 //! Owns the [`Report`] value; how it looks is in the files beside this one. Never measures.
 
 mod chart;
+pub mod cores;
 mod html;
 mod table;
 

@@ -143,3 +143,42 @@ fn wrong_arguments_are_refused_with_status_2_before_anything_starts() {
         assert!(text(&output.stderr).contains(says), "{args:?}: {output:?}");
     }
 }
+
+#[test]
+fn latency_measures_the_named_core_says_what_disturbed_it_and_judges_it() {
+    let core = host::topology::permitted_cores().unwrap().iter().last().unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let report = place.path().join("report");
+    let common = ["latency", "--seconds", "0.5", "--priority", "0", "--cores", &core.to_string()];
+    let with = |more: &[&str]| run(&[common.as_slice(), more].concat());
+
+    let kept = with(&["--limit", "100s", "--report", report.to_str().unwrap()]);
+    assert_eq!(kept.status.code(), Some(0), "{kept:?}");
+    let shown = text(&kept.stdout);
+    for part in ["How late a timer wakes a thread", "Passes of a busy loop", "p99.999", "taken away", "kept."]
+    {
+        assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
+    }
+    assert_eq!(fs::read_to_string(report.join("latency.html")).unwrap().matches("<svg").count(), 2);
+    assert!(report.join("latency.json").exists());
+
+    // Nobody is woken within a nanosecond.
+    let beyond = with(&["--test", "wakeup", "--limit", "1ns", "--json"]);
+    assert_eq!(beyond.status.code(), Some(1), "{beyond:?}");
+    let found = json(&beyond);
+    let [result] = found["results"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    assert_eq!((&result["test"], &result["core"]), (&"wakeup".into(), &core.into()));
+    assert!(result["times"]["samples"].as_u64().unwrap() > 0, "{found}");
+
+    for (wrong, message) in [
+        (["--cores", "1000"], "core 1000 does not exist"),
+        (["--limit", "20"], "give a number and a unit"),
+        (["--seconds", "0"], "0.01 to 604800"),
+        (["--interval", "1us"], "10us to 10s"),
+    ] {
+        let refused = run(&[["latency"].as_slice(), &wrong].concat());
+        let why = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{wrong:?}: {refused:?}");
+        assert!(why.contains(message) && refused.stdout.is_empty(), "{wrong:?}: {why}");
+    }
+}

@@ -167,15 +167,16 @@ impl World {
                 let check = if has("--check") { None } else { Some("--check") };
                 succeeds(self.cableway(&words[1..]).args(check), command);
             }
-            ["cableway", "switch" | "bench" | "demo", ..] => {
-                // These bring the switch they need, which wants the core for itself.
+            ["cableway", "switch" | "bench" | "demo" | "latency", ..] => {
+                // These bring the switch they need, if any, which wants the core for itself; or measure cores.
                 self.switch = None;
                 succeeds(&mut self.cableway(&words[1..]), command);
             }
             _ => panic!("no test knows this command: {command}"),
         }
         if has("--report") {
-            assert!(self.path("report/report.html").exists(), "{command}");
+            let page = if has("latency") { "report/latency.html" } else { "report/report.html" };
+            assert!(self.path(page).exists(), "{command}");
         }
     }
 

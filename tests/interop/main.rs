@@ -4,7 +4,8 @@
 //! Owns what is between `cableway switch` and those clients, and nothing that can be tested without them. All tests here
 //! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
 //! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one). So are, for the release
-//! build's sake, its limits (`./check limits`), the kernel's devices as ports (`./check kernel`) and the documents' commands (`./check documented`).
+//! build's sake, its limits (`./check limits`), the kernel's devices as ports (`./check kernel`),
+//! the latency of cores beside cyclictest (`./check latency`) and the documents' commands (`./check documented`).
 
 // What a test's world is made of stops the test by panicking, with what it expected.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -14,6 +15,7 @@ mod guest;
 mod kernel_guest;
 mod kernel_packet;
 mod kernel_tap;
+mod latency;
 mod limits;
 mod namespaces;
 mod qemu;

@@ -129,7 +129,7 @@ fn disturbed(report: &Report, r: &CoreResult) -> String {
     let worst = if worst.is_empty() {
         String::new()
     } else {
-        format!("; longest gaps (from {}): {}", round(report.plan.gap_ns), worst.join(", "))
+        format!("\n          longest gaps (from {}): {}", round(report.plan.gap_ns), worst.join(", "))
     };
     format!("core {}: {}{worst}", r.core, what.join(", "))
 }

@@ -9,7 +9,9 @@ mod interrupt;
 mod latency;
 mod log;
 mod nic;
+mod node;
 mod output;
+mod ready;
 mod switch;
 mod vm;
 
@@ -34,6 +36,9 @@ enum Command {
     Latency(latency::LatencyArgs),
     #[command(subcommand)]
     Nic(nic::NicCommand),
+    Up(node::UpArgs),
+    Down(node::DownArgs),
+    Status(node::StatusArgs),
     Switch(switch::SwitchArgs),
     Vm(Box<vm::VmArgs>),
 }
@@ -48,6 +53,9 @@ fn main() -> ExitCode {
         Command::Bench(command) => bench::run(command),
         Command::Latency(args) => latency::run(&args),
         Command::Nic(command) => nic::run(command),
+        Command::Up(args) => node::up(&args),
+        Command::Down(args) => node::down(&args),
+        Command::Status(args) => node::status(&args),
         Command::Switch(args) => switch::run(args),
         Command::Vm(args) => vm::run(*args),
     };

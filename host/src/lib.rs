@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod fault;
+pub mod huge_pool;
 pub mod memory;
 pub mod pci;
 pub mod signal;

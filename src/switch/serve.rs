@@ -50,6 +50,8 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
         Ok(switch) => Arc::new(switch),
         Err(error) => return Ok(refuse(error)),
     };
+    // Ports and control socket are there; from the next line on this process may not open a socket of its own.
+    crate::ready::tell();
     // The workers run on their cores; from here on, nothing else does. The control thread inherits core and confinement.
     let files = FileAccess::of(&config, &run_dir);
     let held = switch::runtime::become_housekeeping(&config, files.as_ref())?;

@@ -28,6 +28,14 @@ pub(crate) struct VmArgs {
     #[arg(conflicts_with = "Keys", required_unless_present = "kernel")]
     file: Option<PathBuf>,
 
+    /// The machine of this name, of a node's file (`cableway up`), which has a list of them: [[vm]].
+    #[arg(long, value_name = "NAME", requires = "file", conflicts_with = "Keys")]
+    vm: Option<String>,
+
+    /// Where relative sockets of a node's file are [default: /run/cableway, or $XDG_RUNTIME_DIR/cableway when not root].
+    #[arg(long, value_name = "DIR", requires = "vm")]
+    run_dir: Option<PathBuf>,
+
     /// Say what is wrong with the configuration and what it would do; start nothing.
     #[arg(long)]
     check: bool,
@@ -119,9 +127,16 @@ keys! {
 /// # Errors
 /// What went wrong while it ran. A configuration that is refused is not an error here: it was said, and the status is 2.
 pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
-    let config = match &args.file {
-        Some(file) => Config::load(file),
-        None => Config::from_flags(&args.keys.given()),
+    let config = match (&args.file, &args.vm) {
+        (Some(file), Some(name)) => {
+            let run_dir = match switch::control::run_dir_of_client(args.run_dir.as_deref()) {
+                Ok(run_dir) => run_dir,
+                Err(error) => return Ok(crate::output::refuse(error)),
+            };
+            Config::load_of_node(file, name, &run_dir)
+        }
+        (Some(file), None) => Config::load(file),
+        (None, _) => Config::from_flags(&args.keys.given()),
     };
     match config {
         Ok(config) if args.check => check::run(&config),

@@ -48,6 +48,7 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
             Err(error) => return Ok(refuse(error)),
         };
         *target.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.remote());
+        crate::ready::tell();
         tracing::info!("{} started in {:.1} ms", config.name, began.elapsed().as_secs_f64() * 1e3);
         let ended = machine.wait();
         let exits: Vec<_> =

@@ -8,6 +8,7 @@ mod capture;
 mod confinement;
 mod crash;
 mod files;
+mod node;
 mod vm;
 mod world;
 

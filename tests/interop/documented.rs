@@ -28,6 +28,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lab/run vm-", "./check lab"),
     ("lab/run nic-", "./check lab"),
     ("cableway nic ", "./check lab, nic-bind"),
+    ("cableway status", "./check lab, crash"),
+    ("cableway down", "./check lab, crash"),
     ("CABLEWAY=$PWD/target/release/cableway cargo test --test interop", "./check qemu and others"),
     ("benches/peers/compare.py --sizes 64,1500 testpmd ovs cableway", "./check peers"),
     ("dpdk-testpmd", "the_testpmd_command_of_the_readme_exchanges_frames"),
@@ -114,6 +116,8 @@ impl World {
         fs::copy(root.join("configs/vv.toml"), world.path("FILE.toml")).unwrap();
         let machine = fs::read_to_string(root.join("configs/vm.toml")).unwrap();
         fs::write(world.path("vm.toml"), machine.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
+        let node = fs::read_to_string(root.join("configs/node.toml")).unwrap();
+        fs::write(world.path("node.toml"), node.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
         for image in ["vmlinux", "vmlinuz", "initrd.cpio"] {
             symlink(root.join("lab/cache").join(image), world.path(image)).unwrap();
         }
@@ -167,6 +171,15 @@ impl World {
                 let check = if has("--check") { None } else { Some("--check") };
                 succeeds(self.cableway(&words[1..]).args(check), command);
             }
+            // As with machines: for ./check lab.
+            ["cableway", "up", file, ..] => {
+                assert!(
+                    self.path("vmlinuz").exists(),
+                    "no guest image: run lab/image (or ./check documented)"
+                );
+                let run_dir = self.dir.path().to_str().unwrap();
+                succeeds(&mut self.cableway(&["up", file, "--plan", "--run-dir", run_dir]), command);
+            }
             ["cableway", "switch" | "bench" | "demo" | "latency", ..] => {
                 // These bring the switch they need, if any, which wants the core for itself; or measure cores.
                 self.switch = None;
@@ -196,6 +209,7 @@ impl World {
             ("/run/cableway", ""),
             ("FILE", "/FILE.toml"),
             ("configs/vm.toml", "/vm.toml"),
+            ("configs/node.toml", "/node.toml"),
             (" vmlinux", "/vmlinux"),
             (" initrd.cpio", "/initrd.cpio"),
         ] {

@@ -118,13 +118,36 @@ impl Preflight {
             config.disk.iter().map(|disk| Image::open(disk).map(Arc::new)).collect::<Result<_, _>>()?;
         memory(config)?;
         let kvm = open_kvm()?;
-        let (wanted, most) = (config.topology.vcpus(), kvm.get_max_vcpus());
-        if wanted as usize > most {
-            return Err(PreflightError::TooManyVcpus { wanted, most });
-        }
+        vcpus(config, &kvm)?;
         let granted = grantable_exits(&kvm);
         let refused = config.disable_exits.iter().copied().filter(|exit| granted & bit(*exit) == 0).collect();
         Ok(Self { kvm, kernel, initramfs, disks, refused })
+    }
+
+    /// What is wrong with everything but the amount of memory, each with the key that it is about: for who plans several machines
+    /// and counts their pages together.
+    pub fn problems_besides_memory(config: &Config) -> Vec<(&'static str, PreflightError)> {
+        let mut found = Vec::new();
+        let mut note = |key, result: Result<(), PreflightError>| found.extend(result.err().map(|e| (key, e)));
+        let in_key = |error: &PreflightError| match error {
+            PreflightError::Core { key, .. } => key,
+            _ => "vcpu_cores",
+        };
+        if let Err(error) = cores(config) {
+            note(in_key(&error), Err(error));
+        }
+        note("kernel", Kernel::open(&config.kernel).map(drop).map_err(Into::into));
+        let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose();
+        note("initramfs", initramfs.map(drop).map_err(Into::into));
+        for disk in &config.disk {
+            note("disk", Image::open(disk).map(drop).map_err(Into::into));
+        }
+        note("node", node(config));
+        match open_kvm() {
+            Ok(kvm) => note("vcpus", vcpus(config, &kvm)),
+            Err(error) => note("kernel", Err(error)),
+        }
+        found
     }
 
     /// Exits that were to be disabled and that this kernel does not let go.
@@ -200,7 +223,15 @@ fn cores(config: &Config) -> Result<(), PreflightError> {
     of("emulator_cores", &config.emulator_cores)
 }
 
-fn memory(config: &Config) -> Result<(), PreflightError> {
+fn vcpus(config: &Config, kvm: &Kvm) -> Result<(), PreflightError> {
+    let (wanted, most) = (config.topology.vcpus(), kvm.get_max_vcpus());
+    if wanted as usize > most {
+        return Err(PreflightError::TooManyVcpus { wanted, most });
+    }
+    Ok(())
+}
+
+fn node(config: &Config) -> Result<(), PreflightError> {
     if let Some(node) = config.node {
         let root = Path::new("/sys/devices/system/node");
         let online = std::fs::read_to_string(root.join("online")).unwrap_or_else(|_| "0".to_owned());
@@ -209,6 +240,11 @@ fn memory(config: &Config) -> Result<(), PreflightError> {
             return Err(PreflightError::Node { node, nodes: nodes.to_string() });
         }
     }
+    Ok(())
+}
+
+fn memory(config: &Config) -> Result<(), PreflightError> {
+    node(config)?;
     let pages = match config.pages {
         PageSize::Auto | PageSize::Ordinary => Pages::Ordinary,
         PageSize::Huge2M => Pages::Huge2M,

@@ -22,6 +22,7 @@ pub use feature::{Feature, FeatureSet};
 pub use keys::vocabulary;
 pub use machine::{Surroundings, ThisMachine};
 pub use settings::{ConfigErrors, Problem};
+use settings::{DeTable, Problems};
 pub use values::{Idle, PortKind, SocketSide};
 
 /// The longest path that the address of a UNIX socket holds (`sun_path`, less its terminating zero byte).
@@ -172,6 +173,18 @@ impl Config {
         settings::parse(text, file, |document, problems| {
             validate::document(document, file, run_dir, surroundings, problems)
         })
+    }
+
+    /// Validates the switch's part of a document that is being read: `[switch]` and `[[port]]` of a node's file. Problems go
+    /// to `problems`; `None`: something essential was wrong.
+    pub fn of_document(
+        document: &DeTable<'_>,
+        file: &Path,
+        run_dir: &Path,
+        surroundings: &dyn Surroundings,
+        problems: &mut Problems<'_>,
+    ) -> Option<Self> {
+        validate::document(document, file, run_dir, surroundings, problems)
     }
 
     /// The port of this name.

@@ -51,6 +51,8 @@ pub(super) fn document(
             ("port", _) => {
                 problems.add(key.span(), "ports are a list of tables: write `[[port]]` before each")
             }
+            // Of a node's file (`cableway up`), the others are for others to judge.
+            ("host" | "nic" | "vm", _) => {}
             (unknown, _) => {
                 let hint = suggestion(unknown, &["switch", "port"]);
                 problems.add(

@@ -10,11 +10,13 @@ mod tests;
 mod validate;
 mod values;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
+use settings::{DeTable, Problems};
 pub use values::{DisabledExit, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
@@ -162,6 +164,30 @@ impl Config {
     /// Everything that is wrong with it.
     pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigErrors> {
         settings::parse(text, file, |document, problems| validate::document(document, file, problems))
+    }
+
+    /// Reads the machine `name` of a node's file, which `cableway up` takes whole: a list, `[[vm]]`. Relative sockets are in
+    /// `run_dir`, as the switch's are.
+    ///
+    /// # Errors
+    /// Everything that is wrong with this machine, or that there is none of this name.
+    pub fn load_of_node(file: &Path, name: &str, run_dir: &Path) -> Result<Self, ConfigErrors> {
+        let text = settings::read_file(file)?;
+        settings::parse(&text, file, |document, problems| {
+            validate::machine_of_node(document, name, file, run_dir, problems)
+        })
+    }
+
+    /// Validates one element of a node's `[[vm]]`, whose header is at `at`. Problems go to `problems`; `None`: something
+    /// essential was wrong.
+    pub fn of_table(
+        table: &DeTable<'_>,
+        at: &Range<usize>,
+        file: &Path,
+        run_dir: &Path,
+        problems: &mut Problems<'_>,
+    ) -> Option<Self> {
+        validate::of_table(table, at, file, run_dir, problems)
     }
 
     /// Validates keys that were given as flags: pairs of a key of `[vm]` and its value as text.

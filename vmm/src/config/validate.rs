@@ -26,8 +26,13 @@ pub(super) fn document(document: &DeTable<'_>, file: &Path, problems: &mut Probl
     for (key, value) in document {
         match (key.get_ref().as_ref(), value.get_ref()) {
             ("vm", DeValue::Table(table)) => {
-                vm = Some(self::vm(VmKeys::table("", table, problems), &key.span(), file, problems));
+                let sockets = file.parent().unwrap_or(Path::new(""));
+                vm = Some(self::vm(VmKeys::table("", table, problems), &key.span(), file, sockets, problems));
             }
+            ("vm", DeValue::Array(_)) => problems.add(
+                key.span(),
+                "`[[vm]]` is a list of machines: say which one, as in `--vm fw1`, or start all of them with `cableway up`",
+            ),
             ("vm", _) => problems.add(key.span(), "`vm` is a table: write `[vm]`"),
             (unknown, _) => {
                 let hint = suggestion(unknown, &["vm"]);
@@ -41,8 +46,51 @@ pub(super) fn document(document: &DeTable<'_>, file: &Path, problems: &mut Probl
     vm?
 }
 
-/// `[vm]`.
-fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>) -> Option<Config> {
+/// The machine `name` of a node's file. Its other tables are for others to judge.
+pub(super) fn machine_of_node(
+    document: &DeTable<'_>,
+    name: &str,
+    file: &Path,
+    run_dir: &Path,
+    problems: &mut Problems<'_>,
+) -> Option<Config> {
+    let machines = document.get("vm").and_then(|list| list.get_ref().as_array());
+    let tables = machines.into_iter().flatten().filter_map(|m| Some((m.span(), m.get_ref().as_table()?)));
+    let named: Vec<_> =
+        tables.filter_map(|(at, table)| Some((table.get("name")?.get_ref().as_str()?, at, table))).collect();
+    let Some((_, at, table)) = named.iter().find(|(found, ..)| *found == name) else {
+        let names: Vec<&str> = named.iter().map(|(found, ..)| *found).collect();
+        problems.add_general(format!("there is no [[vm]] called `{name}`; {}", suggestion(name, &names)));
+        return None;
+    };
+    of_table(table, at, file, run_dir, problems)
+}
+
+/// One element of `[[vm]]`, whose header is at `at`.
+pub(super) fn of_table(
+    table: &DeTable<'_>,
+    at: &Range<usize>,
+    file: &Path,
+    run_dir: &Path,
+    problems: &mut Problems<'_>,
+) -> Option<Config> {
+    let written = table.get("name").and_then(|name| name.get_ref().as_str());
+    let place = written.map_or_else(String::new, |name| format!("machine `{name}`: "));
+    let keys = VmKeys::table(&place, table, problems);
+    if keys.name.is_none() {
+        keys.wrong.or_missing("name", at.clone(), "what to call it, as in `name = \"fw1\"`", problems);
+    }
+    vm(keys, at, file, run_dir, problems)
+}
+
+/// `[vm]`. Relative sockets are in `sockets`.
+fn vm(
+    keys: VmKeys,
+    at: &Range<usize>,
+    file: &Path,
+    sockets: &Path,
+    problems: &mut Problems<'_>,
+) -> Option<Config> {
     if keys.kernel.is_none() {
         keys.wrong.or_missing("kernel", at.clone(), "as in `kernel = \"vmlinux\"`", problems);
     }
@@ -119,7 +167,7 @@ fn vm(keys: VmKeys, at: &Range<usize>, file: &Path, problems: &mut Problems<'_>)
     };
     let resolve_card = |card: NetConfig| match card.back {
         NetBack::VhostUser(back) => {
-            let back = NetBack::VhostUser(VhostUserConfig { socket: resolve(&back.socket), ..back });
+            let back = NetBack::VhostUser(VhostUserConfig { socket: sockets.join(&back.socket), ..back });
             NetConfig { back, ..card }
         }
         NetBack::Tap(_) => card,

@@ -1,0 +1,146 @@
+//! What a node changes on its host, and how each change is taken back.
+//!
+//! Owns huge-page pools and the binding of network cards, as far as a node needs them. Taking back works also for a change
+//! that was noted and not yet made, and twice.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use host::pci::{Bdf, bind};
+use host::{huge_pool, topology};
+use serde::{Deserialize, Serialize};
+
+use super::config::{Node, Pool};
+use crate::output;
+
+/// One change, with what was there before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Change {
+    /// A pool of huge pages got another size.
+    HugePages {
+        /// Memory node.
+        node: u32,
+        /// Bytes of a page.
+        page_size: u64,
+        /// Pages before.
+        before: u64,
+    },
+    /// A card went to vfio-pci.
+    Bound {
+        /// Which.
+        device: String,
+    },
+    /// An adapter got virtual functions; it had none.
+    Virtuals {
+        /// Which.
+        device: String,
+    },
+}
+
+/// Something that is to be done, and the change that it makes.
+pub(super) struct Step {
+    /// What is written down before it is done.
+    pub(super) change: Change,
+    /// For a person.
+    pub(super) what: String,
+    make: Box<dyn Fn() -> Result<()>>,
+}
+
+impl Step {
+    /// Does it.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub(super) fn make(&self) -> Result<()> {
+        (self.make)().with_context(|| self.what.clone())
+    }
+}
+
+/// What has to be done on this host for `node`, in order. What is as it should be already is left alone.
+pub(super) fn steps(node: &Node) -> Vec<Step> {
+    let root = Path::new("/");
+    let pools = topology::huge_pools(root);
+    let mut steps: Vec<Step> = Vec::new();
+    for Pool { node, page_size, pages, .. } in node.host.pools.iter().cloned() {
+        let before =
+            pools.iter().find(|p| (p.node, p.page_size) == (node, page_size)).map_or(0, |pool| pool.total);
+        if before < pages {
+            steps.push(Step {
+                change: Change::HugePages { node, page_size, before },
+                what: format!(
+                    "set aside {pages} huge pages of {} on memory node {node}, {before} so far",
+                    output::bytes(page_size)
+                ),
+                make: Box::new(move || {
+                    let got = huge_pool::set(root, node, page_size, pages)?;
+                    ensure!(
+                        got >= pages,
+                        "the kernel found only {got}: memory is in too many pieces; set them aside right after the machine's \
+                         start, or on the kernel's command line (hugepagesz=, hugepages=)"
+                    );
+                    Ok(())
+                }),
+            });
+        }
+    }
+    for nic in &node.nics {
+        let (bdf, force, count) = (nic.device, nic.force, nic.vfs);
+        let Some(function) = host::pci::find(root, bdf) else { continue };
+        if let Some(count) = count.filter(|count| function.virtuals.len() != usize::from(*count)) {
+            steps.push(Step {
+                change: Change::Virtuals { device: bdf.to_string() },
+                what: format!("make {count} virtual functions of {bdf}"),
+                make: Box::new(move || Ok(bind::set_virtuals(root, bdf, count)?)),
+            });
+        }
+        if nic.bind && function.driver.as_deref() != Some("vfio-pci") {
+            let driver = function.driver.clone().unwrap_or_else(|| "no driver".to_owned());
+            steps.push(Step {
+                change: Change::Bound { device: bdf.to_string() },
+                what: format!("bind {bdf} to vfio-pci, now with {driver}"),
+                make: Box::new(move || {
+                    bind::bind(root, &bind::check(root, bdf, &[bdf], force)?)?;
+                    Ok(())
+                }),
+            });
+        }
+    }
+    steps
+}
+
+impl Change {
+    /// Makes it undone.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub(super) fn undo(&self) -> Result<()> {
+        let root = Path::new("/");
+        let bdf = |device: &str| device.parse::<Bdf>().with_context(|| format!("{device}: no PCI address"));
+        match self {
+            Self::HugePages { node, page_size, before } => {
+                huge_pool::set(root, *node, *page_size, *before)?;
+            }
+            Self::Bound { device } => match bind::unbind(root, bdf(device)?) {
+                Err(bind::BindError::NotBound { .. }) => {}
+                done => {
+                    done?;
+                }
+            },
+            Self::Virtuals { device } => bind::set_virtuals(root, bdf(device)?, 0)?,
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::HugePages { node, page_size, before } => {
+                write!(f, "{before} huge pages of {} on memory node {node}", output::bytes(*page_size))
+            }
+            Self::Bound { device } => write!(f, "{device} to the kernel"),
+            Self::Virtuals { device } => write!(f, "no virtual functions of {device}"),
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! `cableway up FILE --plan`: what would be done, core by core, page by page, device by device.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::Result;
+use host::topology;
+use vmm::config::{NetBack, PageSize};
+
+use super::changes;
+use super::config::{Node, Restart};
+use crate::output;
+
+/// The plan.
+///
+/// # Errors
+/// The machine's cores cannot be read.
+pub(super) fn text(node: &Node) -> Result<String> {
+    let mut text = format!("{} is valid. It would\n", node.file.display());
+    let steps = changes::steps(node);
+    for step in &steps {
+        writeln!(text, "  {}", step.what)?;
+    }
+    if steps.is_empty() {
+        writeln!(text, "  change nothing on this host")?;
+    }
+    let ports: Vec<&str> = node.switch.ports.iter().map(|port| port.name.as_str()).collect();
+    writeln!(text, "  start the switch with {} port(s): {}", ports.len(), ports.join(", "))?;
+    for machine in &node.machines {
+        let pages = match machine.pages {
+            PageSize::Auto => "2 MiB pages if enough are free",
+            PageSize::Ordinary => "4 KiB pages",
+            PageSize::Huge2M => "2 MiB pages",
+            PageSize::Huge1G => "1 GiB pages",
+        };
+        let at = machine.node.map_or_else(String::new, |node| format!(" of memory node {node}"));
+        let memory = output::bytes(machine.memory);
+        writeln!(
+            text,
+            "  start machine {}: {} vCPU(s), {memory} in {pages}{at}",
+            machine.name,
+            machine.topology.vcpus()
+        )?;
+        for card in &machine.net {
+            let behind = match &card.back {
+                NetBack::VhostUser(back) => {
+                    let socket = &back.socket;
+                    let port = node.switch.ports.iter().find(|port| {
+                        matches!(&port.behind, switch::config::Behind::VhostUser { socket: s, .. } if s == socket)
+                    });
+                    port.map_or_else(|| socket.display().to_string(), |port| format!("port {}", port.name))
+                }
+                NetBack::Tap(device) => format!("tap {device}"),
+            };
+            writeln!(text, "    {} on {behind}", card.name)?;
+        }
+    }
+    let policy = match node.host.restart {
+        Restart::OnFailure => "start a machine again that fails",
+        Restart::Always => "start a machine again whatever ends it",
+        Restart::Never => "leave a machine that ended alone",
+    };
+    writeln!(text, "  start the switch again if it dies, and {policy}\n")?;
+    writeln!(text, "{}", cores(node)?)?;
+    for note in notes(node) {
+        writeln!(text, "note: {note}")?;
+    }
+    Ok(text)
+}
+
+/// Each core of the host, and what runs there.
+fn cores(node: &Node) -> Result<comfy_table::Table> {
+    let mut tasks: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    let mut add = |core: u32, what: String| tasks.entry(core).or_default().push(what);
+    node.switch.switch.workers.iter().for_each(|core| add(*core, "worker of the switch".to_owned()));
+    for core in node.switch.switch.housekeeping.iter().flatten() {
+        add(*core, "housekeeping of the switch".to_owned());
+    }
+    for machine in &node.machines {
+        for (n, core) in machine.vcpu_cores.iter().flatten().enumerate() {
+            let priority = machine.vcpu_priority.map_or_else(String::new, |p| format!(" (SCHED_FIFO {p})"));
+            add(*core, format!("vCPU {n} of {}{priority}", machine.name));
+        }
+        machine
+            .emulator_cores
+            .iter()
+            .flatten()
+            .for_each(|core| add(*core, format!("emulator of {}", machine.name)));
+    }
+    let root = Path::new("/");
+    let mut table = output::table(&["core", "memory node", "what runs there"], &[0, 1]);
+    for core in topology::online_cores(root)?.iter() {
+        let on = topology::node_of_core(root, core).map_or_else(|| "-".to_owned(), |node| node.to_string());
+        let what =
+            tasks.get(&core).map_or_else(|| "whatever the kernel puts there".to_owned(), |t| t.join(", "));
+        table.add_row([core.to_string(), on, what]);
+    }
+    Ok(table)
+}
+
+/// What is allowed, and probably not what is wanted.
+fn notes(node: &Node) -> Vec<String> {
+    let root = Path::new("/");
+    let mut notes = Vec::new();
+    let pinned = node.machines.iter().any(|machine| machine.vcpu_cores.is_some());
+    if pinned && node.switch.switch.housekeeping.is_none() {
+        notes.push(
+            "`housekeeping` of [switch] is not given: its other threads may run on cores of vCPUs".to_owned(),
+        );
+    }
+    for machine in &node.machines {
+        let name = &machine.name;
+        if pinned && machine.emulator_cores.is_none() {
+            notes.push(format!(
+                "machine {name}: without `emulator_cores` its other threads may run on cores of vCPUs"
+            ));
+        }
+        for core in machine.vcpu_cores.iter().flatten() {
+            let (of_core, of_memory) = (topology::node_of_core(root, *core), machine.node);
+            if let (Some(of_core), Some(of_memory)) = (of_core, of_memory)
+                && of_core != of_memory
+            {
+                notes.push(format!(
+                    "machine {name}: core {core} is on memory node {of_core}, its memory on {of_memory}; every access crosses over"
+                ));
+            }
+        }
+    }
+    // Two that poll on the threads of one core halve each other.
+    let busy: Vec<u32> = node
+        .machines
+        .iter()
+        .flat_map(|machine| machine.vcpu_cores.iter().flatten())
+        .chain(&node.switch.switch.workers)
+        .copied()
+        .collect();
+    for core in &busy {
+        for sibling in topology::smt_siblings(root, *core).iter().flat_map(|set| set.iter()) {
+            if sibling > *core && busy.contains(&sibling) {
+                notes.push(format!(
+                    "cores {core} and {sibling} are threads of one physical core; they halve each other"
+                ));
+            }
+        }
+    }
+    notes
+}

@@ -1,0 +1,252 @@
+//! `cableway up`, `status` and `down` as a user meets them: what is refused, what is supervised, what is given back. Machines that
+//! really run are for the lab (`lab/run crash`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::world::{CABLEWAY, core, port};
+
+/// A node's file and run directory; brought down when dropped.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new(rest: &str) -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        fs::create_dir(place.run_dir()).unwrap();
+        place.write(rest);
+        place
+    }
+
+    /// `[switch]` on three lines, then `rest` from line 4 on.
+    fn write(&self, rest: &str) {
+        let text = format!("[switch]\nworkers = [{}]\nidle = \"sleep\"\n{rest}", core());
+        fs::write(self.file(), text).unwrap();
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.0.path().join("run")
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.path().join("node.toml")
+    }
+
+    fn cableway(&self, args: &[&str]) -> Output {
+        Command::new(CABLEWAY).args(args).arg("--run-dir").arg(self.run_dir()).output().unwrap()
+    }
+
+    fn up(&self, args: &[&str]) -> Output {
+        self.cableway(&[&["up", self.file().to_str().unwrap()], args].concat())
+    }
+
+    fn status(&self) -> Value {
+        let output = self.cableway(&["status", "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"))
+    }
+
+    fn switch(&self) -> Value {
+        self.status()["children"][0].clone()
+    }
+
+    /// Waits until the switch runs as another process.
+    fn await_another_switch(&self, than: i32) -> i32 {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            let switch = self.switch();
+            let pid = switch["pid"].as_i64().unwrap_or(0) as i32;
+            if pid != 0 && pid != than && switch["state"] == "running" {
+                return pid;
+            }
+            assert!(Instant::now() < end, "{switch}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.run_dir().join("node.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = self.cableway(&["down"]);
+    }
+}
+
+fn pid(value: &Value) -> i32 {
+    value.as_i64().unwrap_or_else(|| panic!("{value} is no process")) as i32
+}
+
+fn end(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+/// Whether a process has ended; nobody may have waited for it yet.
+fn is_gone(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn a_node_is_brought_up_supervised_taken_over_and_brought_down() {
+    let place = Place::new(&port("a"));
+    let up = place.up(&["--detach"]);
+    assert!(up.status.success(), "{up:?}\n{}", place.log());
+    assert!(text(&up.stdout).contains("switch  running"), "{up:?}");
+    let before = place.status();
+    let (supervisor, switch) = (pid(&before["supervisor"]), pid(&place.switch()["pid"]));
+
+    let again = place.up(&["--detach"]);
+    assert_eq!(again.status.code(), Some(2));
+    assert!(text(&again.stderr).contains("is up in"), "{again:?}");
+
+    end(switch);
+    let second = place.await_another_switch(switch);
+    let now = place.switch();
+    assert_eq!((&now["restarts"], now["last_end"].as_str()), (&1.into(), Some("was ended by SIGKILL")));
+
+    // Without its supervisor the switch goes on.
+    end(supervisor);
+    let end_of_patience = Instant::now() + Duration::from_secs(10);
+    while place.status()["supervisor"] != Value::Null {
+        assert!(Instant::now() < end_of_patience);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(place.cableway(&["status"]).status.code(), Some(1));
+    assert_eq!(pid(&place.switch()["pid"]), second);
+
+    // The next supervisor takes it over, and answers its death although it is not its child.
+    let up = place.up(&["--detach"]);
+    assert!(up.status.success(), "{up:?}\n{}", place.log());
+    assert_eq!(pid(&place.switch()["pid"]), second, "{}", place.log());
+    end(second);
+    let third = place.await_another_switch(second);
+
+    let down = place.cableway(&["down"]);
+    assert!(down.status.success() && text(&down.stdout).contains("is down"), "{down:?}");
+    assert!(is_gone(third));
+    let left: Vec<_> = fs::read_dir(place.run_dir()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name.to_str().unwrap().ends_with(".log")), "{left:?}");
+    let down = place.cableway(&["down"]);
+    assert!(down.status.success() && text(&down.stdout).contains("no node is up"), "{down:?}");
+    assert_eq!(place.cableway(&["status"]).status.code(), Some(2));
+}
+
+#[test]
+fn down_works_without_a_supervisor() {
+    let place = Place::new(&port("a"));
+    assert!(place.up(&["-d"]).status.success(), "{}", place.log());
+    let status = place.status();
+    let switch = pid(&place.switch()["pid"]);
+    end(pid(&status["supervisor"]));
+    let down = place.cableway(&["down"]);
+    assert!(down.status.success(), "{down:?}");
+    assert!(is_gone(switch));
+    assert!(!place.run_dir().join("node.json").exists());
+}
+
+#[test]
+fn what_fails_on_the_way_is_taken_back_and_told() {
+    // A machine whose memory the plan finds sufficient, and whose kernel has no code: it ends before it is ready.
+    if !Path::new("/dev/kvm").exists() {
+        println!("SKIPPED /dev/kvm is not there");
+        return;
+    }
+    let place = Place::new("");
+    let mut kernel = vec![0; 2048];
+    kernel[0x202..0x206].copy_from_slice(b"HdrS");
+    let path = place.0.path().join("vmlinuz");
+    fs::write(&path, kernel).unwrap();
+    let machine = format!("[[vm]]\nname = \"m\"\nkernel = {path:?}\nmemory = \"64 MiB\"\n");
+    place.write(&(port("a") + &machine));
+    let up = place.up(&["--detach"]);
+    assert_eq!(up.status.code(), Some(1), "{up:?}");
+    let said = text(&up.stderr);
+    assert!(said.contains("m ended with status") && said.contains("everything is taken back"), "{said}");
+    assert!(!place.run_dir().join("node.json").exists());
+    assert_eq!(place.cableway(&["switch", "ports"]).status.code(), Some(1), "the switch still runs");
+}
+
+#[test]
+fn every_mistake_of_a_node_is_found_in_one_pass_and_nothing_is_changed() {
+    let core = core();
+    let place = Place::new("");
+    let machine = |name: &str, more: &str| {
+        format!("[[vm]]\nname = \"{name}\"\nkernel = \"/nonexistent/vmlinuz\"\n{more}\n")
+    };
+    let rest = format!(
+        "[host]\nhuge_pages = [{{ size = \"2M\" }}]\nrestart = \"sometimes\"\n[[nic]]\ndevice = \"ffff:00:00.0\"\n{}{}{}{}[[vm]]\nname = \"d\"\n[hosts]\n",
+        port("a"),
+        port("a"),
+        machine("b", &format!("vcpu_cores = [{core}]\nmemory = \"64 TiB\"\npages = \"2M\"")),
+        machine(
+            "c",
+            "net = [{ kind = \"vhost-user\", socket = \"a.sock\", mode = \"server\" }, { kind = \"vhost-user\", socket = \"x.sock\" }]"
+        ),
+    );
+    place.write(&rest);
+    let pages = fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap();
+    for how in [&["--plan"][..], &[], &["--detach"]] {
+        let output = place.up(how);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        for (line, message) in [
+            (5, "`huge_pages` needs `pages`"),
+            (6, "\"sometimes\" is unknown"),
+            (8, "there is no PCI function ffff:00:00.0"),
+            (14, "port `a` is there already, on line 10"),
+            (19, "machine `b`: the kernel /nonexistent/vmlinuz"),
+            (20, &format!("core {core} is a worker's already")),
+            (21, "`memory`: wanted from 2 MiB to 16 TiB"),
+            (26, "port `a` and its card both listen"),
+            (26, "no port has the socket"),
+            (27, "[vm] needs `kernel`"),
+            (29, "unknown key `hosts`; did you mean `host`?"),
+        ] {
+            let found =
+                said.lines().any(|l| l.contains(&format!("node.toml:{line}:")) && l.contains(message));
+            assert!(found, "{line}: {message:?} is not in\n{said}");
+        }
+    }
+    assert_eq!(fs::read_to_string("/proc/sys/vm/nr_hugepages").unwrap(), pages);
+    assert_eq!(fs::read_dir(place.run_dir()).unwrap().count(), 0);
+    let missing = place.cableway(&["up", "/nonexistent.toml"]);
+    assert_eq!(missing.status.code(), Some(2));
+    assert!(text(&missing.stderr).contains("there is no such file"), "{missing:?}");
+}
+
+#[test]
+fn the_pages_of_all_machines_are_counted_together() {
+    let place = Place::new("");
+    let kernel = place.0.path().join("vmlinuz");
+    let mut bytes = vec![0; 2048];
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    fs::write(&kernel, bytes).unwrap();
+    let machine = |name: &str| {
+        format!("[[vm]]\nname = \"{name}\"\nkernel = {kernel:?}\nmemory = \"1 TiB\"\npages = \"2M\"\n")
+    };
+    // One fits into the pool that is asked for, two do not: the second one's memory is on line 14.
+    place.write(&format!(
+        "[host]\nhuge_pages = [{{ size = \"2M\", pages = 524288 }}]\n{}{}",
+        machine("a"),
+        machine("b")
+    ));
+    let said = text(&place.up(&["--plan"]).stderr);
+    if said.contains("this machine has pools") {
+        println!("SKIPPED no pool of 2 MiB pages on node 0");
+        return;
+    }
+    let of =
+        |name: &str| said.lines().any(|l| l.contains(&format!("machine `{name}`: needs 524288 huge pages")));
+    assert!(of("b") && !of("a"), "{said}");
+    assert!(said.contains("node.toml:14:"), "{said}");
+}

@@ -28,7 +28,7 @@ pub(crate) struct VmArgs {
     #[arg(conflicts_with = "Keys", required_unless_present = "kernel")]
     file: Option<PathBuf>,
 
-    /// The machine of this name, of a node's file (`cableway up`), which has a list of them: [[vm]].
+    /// The machine of this name, of a node's file (`cableway up`), which has a list of them: `[[vm]]`.
     #[arg(long, value_name = "NAME", requires = "file", conflicts_with = "Keys")]
     vm: Option<String>,
 

@@ -15,11 +15,12 @@ use settings::values::Bounded;
 use settings::{
     ConfigErrors, DeTable, DeValue, Problems, Spanned, keys, list, nested, plain, suggestion, text, words,
 };
-use switch::config::{Behind, Side, Surroundings, ThisMachine};
+use switch::config::{Behind, Side, ThisMachine};
 use switch::control::{client, report::PortsReport};
 use vmm::config::{NetBack, PageSize};
 use vmm::preflight::Preflight;
 
+use super::planned::Planned;
 use super::state::{Kind, State};
 use crate::output;
 
@@ -148,9 +149,14 @@ impl Node {
         let ours = ours.filter_map(|port| Some(port.socket.clone()?.into())).collect();
         let machine = ThisMachine::now().listening_on(ours);
         settings::parse(&text, file, |document, problems| {
-            Reader { document, file, run_dir, found, problems }.node(&machine)
+            Reader { document, file, run_dir, found, problems }.node(machine)
         })
     }
+}
+
+/// Whether a `[[nic]]` goes to vfio-pci.
+fn binds(nic: &DeTable<'_>) -> bool {
+    nic.get("bind").is_none_or(|bind| bind.get_ref().as_bool() != Some(false))
 }
 
 /// Reads one document.
@@ -177,7 +183,7 @@ impl Machine<'_, '_> {
 }
 
 impl<'a, 'd> Reader<'a, 'd, '_> {
-    fn node(mut self, surroundings: &dyn Surroundings) -> Option<Node> {
+    fn node(mut self, machine: ThisMachine) -> Option<Node> {
         let known = ["host", "nic", "switch", "port", "vm"];
         for key in self.document.keys().filter(|key| !known.contains(&key.get_ref().as_ref())) {
             // The switch's own reading complains about it as well, but does not know what else a node has.
@@ -188,8 +194,15 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
         let nics = self.nics();
         let part = self.document.iter().filter(|(key, _)| known.contains(&key.get_ref().as_ref()));
         let part: DeTable<'d> = part.map(|(key, value)| (key.clone(), value.clone())).collect();
+        // Those that are not there or cannot be taken were complained about already.
+        let cards = self
+            .tables("nic")
+            .into_iter()
+            .filter(|(_, table)| binds(table))
+            .filter_map(|(_, table)| table.get("device")?.get_ref().as_str()?.parse().ok());
+        let planned = Planned { now: machine, cards: cards.collect() };
         let switch =
-            switch::config::Config::of_document(&part, self.file, self.run_dir, surroundings, self.problems);
+            switch::config::Config::of_document(&part, self.file, self.run_dir, &planned, self.problems);
         let machines = self.machines();
         self.names(&machines);
         self.cores(switch.as_ref(), &machines);

@@ -8,6 +8,7 @@ mod changes;
 mod child;
 mod config;
 mod plan;
+mod planned;
 mod process;
 mod state;
 mod supervise;

@@ -250,3 +250,36 @@ fn the_pages_of_all_machines_are_counted_together() {
     assert!(of("b") && !of("a"), "{said}");
     assert!(said.contains("node.toml:14:"), "{said}");
 }
+
+#[test]
+fn every_node_of_configs_is_planned() {
+    if !Path::new("/dev/kvm").exists() || !host::topology::permitted_cores().unwrap().contains(1) {
+        println!("SKIPPED no /dev/kvm, or no core 1");
+        return;
+    }
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    for (name, devices) in [("node", 0), ("chain", 0), ("pvp", 2)] {
+        let place = Place::new("");
+        let mut kernel = vec![0; 2048];
+        kernel[0x202..0x206].copy_from_slice(b"HdrS");
+        for file in ["vmlinuz", "vnf.cpio", "firewall.cpio", "nat.cpio", "balancer.cpio"] {
+            fs::write(place.0.path().join(file), &kernel).unwrap();
+        }
+        let text = fs::read_to_string(configs.join(format!("{name}.toml"))).unwrap();
+        fs::write(place.file(), text.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
+        let plan = place.up(&["--plan"]);
+        let said = text_of(&plan);
+        if devices == 0 {
+            assert!(plan.status.success() && said.contains("worker of the switch"), "{name}: {said}");
+            continue;
+        }
+        // Cards are of the machine that it is for: nothing else is wrong with it.
+        let unknown = |line: &&str| line.contains("there is no PCI function");
+        assert_eq!(said.lines().filter(unknown).count(), devices, "{name}: {said}");
+        assert_eq!(said.lines().count(), devices, "{name}: {said}");
+    }
+}
+
+fn text_of(output: &Output) -> String {
+    text(&output.stdout) + &text(&output.stderr)
+}

@@ -5,6 +5,7 @@
 
 mod bench;
 mod demo;
+mod doctor;
 mod interrupt;
 mod latency;
 mod log;
@@ -33,6 +34,7 @@ enum Command {
     /// Measures a switch: rates, loss and latency by frame size.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    Doctor(doctor::DoctorArgs),
     Latency(latency::LatencyArgs),
     #[command(subcommand)]
     Nic(nic::NicCommand),
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
     let done = match Cableway::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Latency(args) => latency::run(&args),
         Command::Nic(command) => nic::run(command),
         Command::Up(args) => node::up(&args),

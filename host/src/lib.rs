@@ -4,6 +4,7 @@
 //! from `/sys` is read below a root that the caller gives, so that tests can lay out a machine as files.
 
 pub mod cpu;
+pub mod doctor;
 pub mod fault;
 pub mod huge_pool;
 pub mod memory;

@@ -54,41 +54,33 @@ pub(super) fn detach(file: &Path, run_dir: &Path, filter: Option<&str>) -> Resul
 /// # Errors
 /// Something could not be given back.
 pub(super) fn down(run_dir: &Path) -> Result<ExitCode> {
-    let Some(mut state) = State::read(run_dir)? else {
+    let Some(state) = State::read(run_dir)? else {
         output::print(&format!("no node is up in {}\n", run_dir.display()))?;
         return Ok(ExitCode::SUCCESS);
     };
     let file = state.file.display().to_string();
-    match state.supervisor.open() {
-        Some(supervisor) => {
-            supervisor.signal(Signal::TERM);
-            let longest = state.children.iter().map(|child| child.patience()).max().unwrap_or_default();
-            eprintln!("bringing {file} down; machines have up to {} s …", longest.as_secs());
-            // Machines all at once, then the switch, then what was changed.
-            if !supervisor.has_ended(2 * longest + Duration::from_secs(60)) {
-                bail!(
-                    "its supervisor (process {}) does not end; see {}",
-                    state.supervisor.pid,
-                    log_path(run_dir, "node").display()
-                );
-            }
-        }
-        None => {
-            crate::log::start(None)?;
-            tracing::info!("its supervisor is gone: bringing {file} down without it");
-            tear_down(&mut state, run_dir);
+    let log = log_path(run_dir, "node");
+    if let Some(supervisor) = state.supervisor.open() {
+        supervisor.signal(Signal::TERM);
+        let longest = state.children.iter().map(|child| child.patience()).max().unwrap_or_default();
+        eprintln!("bringing {file} down; machines have up to {} s …", longest.as_secs());
+        // Machines all at once, then the switch, then what was changed.
+        if !supervisor.has_ended(2 * longest + Duration::from_secs(60)) {
+            let (pid, log) = (state.supervisor.pid, log.display());
+            bail!("its supervisor (process {pid}) does not end; see {log}");
         }
     }
-    match State::read(run_dir)? {
-        None => {
-            output::print(&format!("{file} is down\n"))?;
-            Ok(ExitCode::SUCCESS)
-        }
-        Some(left) => {
+    // It was gone, was killed on the way, or could not give everything back.
+    if let Some(mut left) = State::read(run_dir)? {
+        crate::log::start(None)?;
+        tracing::info!("its supervisor is gone: bringing {file} down without it");
+        if tear_down(&mut left, run_dir) > 0 {
             let what: Vec<_> = left.changes.iter().map(ToString::to_string).collect();
-            bail!("not given back: {}; see {}", what.join(", "), log_path(run_dir, "node").display())
+            bail!("not given back: {}", what.join(", "));
         }
     }
+    output::print(&format!("{file} is down\n"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What `status --json` prints.

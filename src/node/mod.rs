@@ -12,12 +12,15 @@ mod planned;
 mod process;
 mod state;
 mod supervise;
+mod together;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use host::doctor::Needs;
+use settings::ConfigErrors;
 
 use crate::output::{self, refuse};
 
@@ -124,6 +127,14 @@ pub(crate) fn up(args: &UpArgs) -> Result<ExitCode> {
         return Ok(refuse(error));
     }
     supervise::run(&node, &run_dir, found)
+}
+
+/// What a node's file asks of the machine, for `cableway doctor`.
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub(crate) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
+    config::needs(file)
 }
 
 /// `cableway down`.

@@ -7,6 +7,7 @@
 mod capture;
 mod confinement;
 mod crash;
+mod doctor;
 mod files;
 mod node;
 mod vm;

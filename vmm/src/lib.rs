@@ -17,6 +17,7 @@ pub mod memory;
 mod net;
 mod pci;
 pub mod preflight;
+pub mod probe;
 mod rng;
 #[cfg(test)]
 mod test_driver;

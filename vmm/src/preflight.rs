@@ -166,6 +166,14 @@ impl Preflight {
     }
 }
 
+/// Whether KVM is there, permitted, and has what machines need.
+///
+/// # Errors
+/// What is missing, and what to do about it.
+pub fn kvm_is_there() -> Result<(), PreflightError> {
+    open_kvm().map(drop)
+}
+
 fn open_kvm() -> Result<Kvm, PreflightError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => PreflightError::NoKvm,

@@ -1,0 +1,203 @@
+//! What the parts of a node mean together: cores, sockets, addresses and memory that only one of them may have.
+//!
+//! Owns the rules between the switch and its machines. What each part means by itself its own crate has judged.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use host::memory::Pages;
+use host::topology::{self, HugePool};
+use settings::list;
+use switch::config::{Behind, Side};
+use vmm::config::{NetBack, PageSize};
+
+use super::config::{Host, Machine, Pool, Reader};
+use super::state::Kind;
+use crate::output;
+
+impl Reader<'_, '_, '_> {
+    /// A machine's name is its own, and nobody else's in logs and `status`.
+    pub(super) fn names(&mut self, machines: &[Machine<'_, '_>]) {
+        let mut seen = HashMap::new();
+        for machine in machines {
+            let name = machine.config.name.as_str();
+            if name == "switch" || name == "node" {
+                self.add(machine, "name", "the name is taken: logs and `status` call other things so");
+            }
+            if let Some(line) = seen.insert(name, self.problems.line(&machine.at("name"))) {
+                self.add(machine, "name", format!("there is one already, on line {line}"));
+            }
+        }
+    }
+
+    /// A worker's or vCPU's core has one task; emulator threads and housekeeping share theirs.
+    pub(super) fn cores(&mut self, switch: Option<&switch::config::Config>, machines: &[Machine<'_, '_>]) {
+        // Whose, for what, alone.
+        let mut taken: HashMap<u32, (String, bool)> = HashMap::new();
+        if let Some(switch) = switch {
+            let workers = switch.switch.workers.iter().map(|core| (*core, ("a worker's".to_owned(), true)));
+            let others = switch.switch.housekeeping.iter().flatten();
+            let others = others.map(|core| (*core, ("the switch's housekeeping's".to_owned(), false)));
+            taken.extend(others.chain(workers));
+        }
+        for machine in machines {
+            let config = &machine.config;
+            let mut mine = Vec::new();
+            for (key, cores, alone) in
+                [("vcpu_cores", &config.vcpu_cores, true), ("emulator_cores", &config.emulator_cores, false)]
+            {
+                for (n, core) in cores.iter().flatten().enumerate() {
+                    match taken.get(core) {
+                        Some((whose, theirs)) if alone || *theirs => {
+                            self.add(
+                                machine,
+                                key,
+                                format!("`{key}`: core {core} is {whose} already; a core has one task"),
+                            );
+                        }
+                        _ => {
+                            let what =
+                                if alone { format!("vCPU {n}") } else { "an emulator thread".to_owned() };
+                            mine.push((*core, (format!("{what}'s of machine `{}`", config.name), alone)));
+                        }
+                    }
+                }
+            }
+            taken.extend(mine);
+        }
+    }
+
+    /// Each card on a back end has a port to itself, and one of both ends listens.
+    pub(super) fn sockets(&mut self, switch: Option<&switch::config::Config>, machines: &[Machine<'_, '_>]) {
+        let ports: HashMap<&Path, (&str, bool)> = switch
+            .iter()
+            .flat_map(|switch| &switch.ports)
+            .filter_map(|port| match &port.behind {
+                Behind::VhostUser { socket, side } => {
+                    Some((socket.as_path(), (port.name.as_str(), matches!(side, Side::Server { .. }))))
+                }
+                _ => None,
+            })
+            .collect();
+        let mut taken: HashMap<&Path, &str> = HashMap::new();
+        for machine in machines {
+            for card in &machine.config.net {
+                let NetBack::VhostUser(back) = &card.back else { continue };
+                let socket = back.socket.as_path();
+                let shown = socket.display();
+                if let Some(other) = taken.insert(socket, &machine.config.name) {
+                    self.add(machine, "net", format!("{shown} is a card's of machine `{other}` already"));
+                }
+                match ports.get(socket) {
+                    Some((port, listens)) if *listens == back.listen => {
+                        let (both, other) =
+                            if back.listen { ("listen", "client") } else { ("connect", "server") };
+                        self.add(
+                            machine,
+                            "net",
+                            format!("port `{port}` and its card both {both} at {shown}; give one `mode = \"{other}\"`"),
+                        );
+                    }
+                    Some(_) => {}
+                    // A socket elsewhere may be somebody else's.
+                    None if socket.starts_with(self.run_dir) && switch.is_some() => {
+                        let sockets: Vec<_> =
+                            ports.keys().filter_map(|path| path.file_name()?.to_str()).collect();
+                        let there = list(&sockets);
+                        self.add(
+                            machine,
+                            "net",
+                            format!("no port has the socket {shown}; ports have {there}"),
+                        );
+                    }
+                    None => {}
+                }
+            }
+        }
+    }
+
+    /// No address is there twice.
+    pub(super) fn addresses(&mut self, machines: &[Machine<'_, '_>]) {
+        let mut seen: HashMap<[u8; 6], &str> = HashMap::new();
+        for machine in machines {
+            for card in &machine.config.net {
+                if let Some(other) = seen.insert(card.mac, &machine.config.name)
+                    && other != machine.config.name
+                {
+                    let mac = card.mac.map(|byte| format!("{byte:02x}")).join(":");
+                    let fix = "give each card a `mac` of its own";
+                    self.add(
+                        machine,
+                        "net",
+                        format!("{mac} is the address of a card of `{other}`, too; {fix}"),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Whether there will be enough memory for all machines together.
+    pub(super) fn pages(&mut self, host: &Host, machines: &[Machine<'_, '_>]) {
+        let mut pools = topology::huge_pools(Path::new("/"));
+        for pool in &mut pools {
+            let wanted = |p: &&Pool| (p.node, p.page_size) == (pool.node, pool.page_size);
+            let more = host.pools.iter().find(wanted).map_or(0, |p| p.pages.saturating_sub(pool.total));
+            pool.free += more;
+        }
+        let mut ordinary = 0;
+        for machine in machines {
+            let config = &machine.config;
+            if self.runs(&config.name) {
+                continue;
+            }
+            let page_size = match config.pages {
+                PageSize::Huge2M => 2 << 20,
+                PageSize::Huge1G => 1 << 30,
+                PageSize::Ordinary | PageSize::Auto => {
+                    ordinary += config.memory;
+                    continue;
+                }
+            };
+            let mut needed = config.memory / page_size;
+            let fits = |pool: &HugePool| {
+                pool.page_size == page_size && config.node.is_none_or(|node| node == pool.node)
+            };
+            let free: u64 = pools.iter().filter(|pool| fits(pool)).map(|pool| pool.free).sum();
+            if free < needed {
+                let on = config.node.map_or_else(String::new, |node| format!(" on memory node {node}"));
+                let (size, word) = (output::bytes(page_size), config.pages.word());
+                let node = config.node.unwrap_or(0);
+                self.add(
+                    machine,
+                    "memory",
+                    format!(
+                        "needs {needed} huge pages of {size}{on}, and {free} are left for it: {} more in [host], `huge_pages = \
+                         [{{ node = {node}, size = \"{word}\", pages = … }}]`",
+                        needed - free
+                    ),
+                );
+            }
+            for pool in pools.iter_mut().filter(|pool| fits(pool)) {
+                let taken = needed.min(pool.free);
+                pool.free -= taken;
+                needed -= taken;
+            }
+        }
+        if let Err(error) =
+            usize::try_from(ordinary).map_err(|_| "more than this processor can address".to_owned()).and_then(
+                |len| host::memory::check_available(len, Pages::Ordinary, None).map_err(|e| e.to_string()),
+            )
+            && ordinary > 0
+        {
+            self.problems.add_general(format!("`memory` of all machines together: {error}"));
+        }
+    }
+
+    /// Whether a machine runs already, left by a supervisor that is gone.
+    fn runs(&self, name: &str) -> bool {
+        let children = self.found.iter().flat_map(|state| &state.children);
+        children
+            .filter(|child| child.kind == Kind::Vm && child.name == name)
+            .any(|child| child.process.is_some_and(|process| process.is_alive()))
+    }
+}

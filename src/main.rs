@@ -14,6 +14,7 @@ mod node;
 mod output;
 mod ready;
 mod switch;
+mod tune;
 mod vm;
 
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ enum Command {
     Down(node::DownArgs),
     Status(node::StatusArgs),
     Switch(switch::SwitchArgs),
+    #[command(subcommand)]
+    Tune(tune::TuneCommand),
     Vm(Box<vm::VmArgs>),
 }
 
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Down(args) => node::down(&args),
         Command::Status(args) => node::status(&args),
         Command::Switch(args) => switch::run(args),
+        Command::Tune(command) => tune::run(&command),
         Command::Vm(args) => vm::run(*args),
     };
     done.unwrap_or_else(|error| {

@@ -12,4 +12,5 @@ pub mod pci;
 pub mod signal;
 pub mod thread;
 pub mod topology;
+pub mod tune;
 pub mod vfio;

@@ -28,6 +28,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lab/run vm-", "./check lab"),
     ("lab/run nic-", "./check lab"),
     ("cableway nic ", "./check lab, nic-bind"),
+    ("cableway tune ", "./check tune"),
     ("cableway doctor", "./check unit, whose status is that of what it finds"),
     ("cableway status", "./check lab, crash"),
     ("cableway down", "./check lab, crash"),

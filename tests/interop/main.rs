@@ -5,7 +5,7 @@
 //! are ignored by a plain `cargo test`, because they take minutes, whole cores and Debian packages: `./check testpmd` and
 //! `./check qemu` run them, one at a time, against the release build (`CABLEWAY` names another one). So are, for the release
 //! build's sake, its limits (`./check limits`), the kernel's devices as ports (`./check kernel`),
-//! the latency of cores beside cyclictest (`./check latency`) and the documents' commands (`./check documented`).
+//! the latency of cores beside cyclictest (`./check latency`), the kernel's knobs (`./check tune`) and the documents' commands (`./check documented`).
 
 // What a test's world is made of stops the test by panicking, with what it expected.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -24,3 +24,4 @@ mod switch;
 mod testpmd;
 mod testpmd_back_end;
 mod testpmd_measured;
+mod tune;

@@ -1,16 +1,17 @@
 //! What a node changes on its host, and how each change is taken back.
 //!
-//! Owns huge-page pools and the binding of network cards, as far as a node needs them. Taking back works also for a change
+//! Owns huge-page pools, tuning and the binding of network cards, as far as a node needs them. Taking back works also for a change
 //! that was noted and not yet made, and twice.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use host::pci::{Bdf, bind};
+use host::tune::{self, Effect};
 use host::{huge_pool, topology};
 use serde::{Deserialize, Serialize};
 
-use super::config::{Node, Pool};
+use super::config::{Node, Pool, Tuning};
 use crate::output;
 
 /// One change, with what was there before.
@@ -30,6 +31,11 @@ pub(super) enum Change {
     Bound {
         /// Which.
         device: String,
+    },
+    /// The kernel's knobs were set; what they held is in a file.
+    Tuned {
+        /// Which.
+        saved: PathBuf,
     },
     /// An adapter got virtual functions; it had none.
     Virtuals {
@@ -84,6 +90,7 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
             });
         }
     }
+    steps.extend(node.host.tuning.clone().and_then(tune));
     for nic in &node.nics {
         let (bdf, force, count) = (nic.device, nic.force, nic.vfs);
         let Some(function) = host::pci::find(root, bdf) else { continue };
@@ -109,6 +116,29 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
     steps
 }
 
+/// Sets knobs, if any has to be.
+fn tune(tuning: Tuning) -> Option<Step> {
+    let Tuning { name, profile, division, saved } = tuning;
+    let root = Path::new("/");
+    let lines = tune::check(root, &profile, &division);
+    let differ = lines.iter().filter(|line| line.effect == Effect::Differs).count();
+    let cores = &division.isolated;
+    let what = format!(
+        "set {differ} of {} knobs of the kernel as profile {name} says, for cores {cores}",
+        lines.len()
+    );
+    let change = Change::Tuned { saved: saved.clone() };
+    let make = move || {
+        for line in tune::apply(root, &profile, &division, &saved)? {
+            if let Effect::Refused(why) = &line.effect {
+                tracing::warn!("the kernel refuses {} in {}: {why}", line.wanted, line.file.display());
+            }
+        }
+        Ok(())
+    };
+    (differ > 0).then(|| Step { change, what, make: Box::new(make) })
+}
+
 impl Change {
     /// Makes it undone.
     ///
@@ -127,6 +157,14 @@ impl Change {
                     done?;
                 }
             },
+            Self::Tuned { saved } => {
+                let lines = tune::restore(root, saved)?;
+                let stuck =
+                    |line: &&tune::Line| matches!(line.effect, Effect::Refused(_)) && line.now != line.wanted;
+                if let Some(line) = lines.iter().find(stuck) {
+                    bail!("{} holds {}, and held {}", line.file.display(), line.now, line.wanted);
+                }
+            }
             Self::Virtuals { device } => bind::set_virtuals(root, bdf(device)?, 0)?,
         }
         Ok(())
@@ -140,6 +178,7 @@ impl std::fmt::Display for Change {
                 write!(f, "{before} huge pages of {} on memory node {node}", output::bytes(*page_size))
             }
             Self::Bound { device } => write!(f, "{device} to the kernel"),
+            Self::Tuned { .. } => f.write_str("the kernel's knobs"),
             Self::Virtuals { device } => write!(f, "no virtual functions of {device}"),
         }
     }

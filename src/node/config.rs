@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use host::doctor::Needs;
 use host::pci::{self, Bdf, bind};
 use host::topology::{self, HugePool};
+use host::tune::Division;
+use host::tune::profile::Profile;
 use settings::values::Bounded;
 use settings::{
     ConfigErrors, DeTable, DeValue, Problems, Spanned, keys, nested, plain, suggestion, text, words,
@@ -42,6 +44,21 @@ pub(super) struct Host {
     pub(super) pools: Vec<Pool>,
     /// What becomes of a machine that ended.
     pub(super) restart: Restart,
+    /// The kernel's knobs, for the cores of workers and vCPUs.
+    pub(super) tuning: Option<Tuning>,
+}
+
+/// Knobs that are set while the node is up.
+#[derive(Clone, Debug)]
+pub(super) struct Tuning {
+    /// As the file names it.
+    pub(super) name: String,
+    /// Which.
+    pub(super) profile: Profile,
+    /// For which cores.
+    pub(super) division: Division,
+    /// Where it is saved what they held.
+    pub(super) saved: PathBuf,
 }
 
 /// One of `huge_pages`.
@@ -102,6 +119,8 @@ keys! {
         huge_pages: Vec<Spanned<PoolKeys>>,
         /// What becomes of a machine that ended.
         restart: Restart,
+        /// A tuning profile: `nfv`, `realtime`, or a file.
+        profile: String,
     }
 }
 
@@ -140,24 +159,26 @@ nested!(PoolKeys);
 /// It cannot be read, or is no TOML.
 pub(super) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
     let text = settings::read_file(file)?;
-    settings::parse(&text, file, |document, _| {
-        let tables =
-            |name: &str| document.get(name).and_then(|list| list.get_ref().as_array()).into_iter().flatten();
-        let numbers = |value: Option<&Spanned<DeValue<'_>>>| -> Vec<u32> {
-            let list = value.and_then(|list| list.get_ref().as_array()).into_iter().flatten();
-            list.filter_map(|n| n.get_ref().as_integer()?.to_string().parse().ok()).collect()
-        };
-        let mut busy = numbers(document.get("switch").and_then(|switch| switch.get_ref().get("workers")));
-        busy.extend(tables("vm").flat_map(|machine| numbers(machine.get_ref().get("vcpu_cores"))));
-        let is_nic = |port: &Spanned<DeValue<'_>>| {
-            port.get_ref().get("kind").is_some_and(|kind| kind.get_ref().as_str() == Some("nic"))
-        };
-        Some(Needs {
-            busy_cores: busy.into_iter().collect(),
-            cards: tables("nic").next().is_some() || tables("port").any(is_nic),
-            machines: tables("vm").next().is_some(),
-        })
-    })
+    settings::parse(&text, file, |document, _| Some(needs_of(document)))
+}
+
+fn needs_of(document: &DeTable<'_>) -> Needs {
+    let tables =
+        |name: &str| document.get(name).and_then(|list| list.get_ref().as_array()).into_iter().flatten();
+    let numbers = |value: Option<&Spanned<DeValue<'_>>>| -> Vec<u32> {
+        let list = value.and_then(|list| list.get_ref().as_array()).into_iter().flatten();
+        list.filter_map(|n| n.get_ref().as_integer()?.to_string().parse().ok()).collect()
+    };
+    let mut busy = numbers(document.get("switch").and_then(|switch| switch.get_ref().get("workers")));
+    busy.extend(tables("vm").flat_map(|machine| numbers(machine.get_ref().get("vcpu_cores"))));
+    let is_nic = |port: &Spanned<DeValue<'_>>| {
+        port.get_ref().get("kind").is_some_and(|kind| kind.get_ref().as_str() == Some("nic"))
+    };
+    Needs {
+        busy_cores: busy.into_iter().collect(),
+        cards: tables("nic").next().is_some() || tables("port").any(is_nic),
+        machines: tables("vm").next().is_some(),
+    }
 }
 
 impl Node {
@@ -276,7 +297,20 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
             }
             pools.push(Pool { node, page_size, pages });
         }
-        Host { pools, restart: keys.restart.map_or(Restart::OnFailure, Spanned::into_inner) }
+        let tuning = keys.profile.and_then(|name| self.tuning(&name.span(), name.get_ref()));
+        Host { pools, restart: keys.restart.map_or(Restart::OnFailure, Spanned::into_inner), tuning }
+    }
+
+    /// What a profile sets for the cores of this node's workers and vCPUs.
+    fn tuning(&mut self, at: &Range<usize>, name: &str) -> Option<Tuning> {
+        let busy = needs_of(self.document).busy_cores;
+        let made =
+            topology::online_cores(Path::new("/")).map_err(|error| error.to_string()).and_then(|online| {
+                let profile = Profile::load(name).map_err(|error| error.to_string())?;
+                let division = Division::new(busy, &online).map_err(|error| error.to_string())?;
+                Ok(Tuning { name: name.to_owned(), profile, division, saved: self.run_dir.join("tune.json") })
+            });
+        made.map_err(|error| self.problems.add(at.clone(), format!("`profile`: {error}"))).ok()
     }
 
     fn nics(&mut self) -> Vec<Nic> {

@@ -184,7 +184,7 @@ fn every_mistake_of_a_node_is_found_in_one_pass_and_nothing_is_changed() {
         format!("[[vm]]\nname = \"{name}\"\nkernel = \"/nonexistent/vmlinuz\"\n{more}\n")
     };
     let rest = format!(
-        "[host]\nhuge_pages = [{{ size = \"2M\" }}]\nrestart = \"sometimes\"\n[[nic]]\ndevice = \"ffff:00:00.0\"\n{}{}{}{}[[vm]]\nname = \"d\"\n[hosts]\n",
+        "[host]\nhuge_pages = [{{ size = \"2M\" }}]\nrestart = \"sometimes\"\nprofile = \"fast\"\n[[nic]]\ndevice = \"ffff:00:00.0\"\n{}{}{}{}[[vm]]\nname = \"d\"\n[hosts]\n",
         port("a"),
         port("a"),
         machine("b", &format!("vcpu_cores = [{core}]\nmemory = \"64 TiB\"\npages = \"2M\"")),
@@ -202,15 +202,16 @@ fn every_mistake_of_a_node_is_found_in_one_pass_and_nothing_is_changed() {
         for (line, message) in [
             (5, "`huge_pages` needs `pages`"),
             (6, "\"sometimes\" is unknown"),
-            (8, "there is no PCI function ffff:00:00.0"),
-            (14, "port `a` is there already, on line 10"),
-            (19, "machine `b`: the kernel /nonexistent/vmlinuz"),
-            (20, &format!("core {core} is a worker's already")),
-            (21, "`memory`: wanted from 2 MiB to 16 TiB"),
-            (26, "port `a` and its card both listen"),
-            (26, "no port has the socket"),
-            (27, "[vm] needs `kernel`"),
-            (29, "unknown key `hosts`; did you mean `host`?"),
+            (7, "there is no profile `fast`"),
+            (9, "there is no PCI function ffff:00:00.0"),
+            (15, "port `a` is there already, on line 11"),
+            (20, "machine `b`: the kernel /nonexistent/vmlinuz"),
+            (21, &format!("core {core} is a worker's already")),
+            (22, "`memory`: wanted from 2 MiB to 16 TiB"),
+            (27, "port `a` and its card both listen"),
+            (27, "no port has the socket"),
+            (28, "[vm] needs `kernel`"),
+            (30, "unknown key `hosts`; did you mean `host`?"),
         ] {
             let found =
                 said.lines().any(|l| l.contains(&format!("node.toml:{line}:")) && l.contains(message));

@@ -39,7 +39,9 @@ pub(super) fn detach(file: &Path, run_dir: &Path, filter: Option<&str>) -> Resul
     loop {
         let mut message = [0; 64];
         if readiness.recv(&mut message).is_ok() {
-            return status(run_dir, false);
+            // A machine that still waits for something is shown, and no failure.
+            status(run_dir, false)?;
+            return Ok(ExitCode::SUCCESS);
         }
         if let Some(ended) = supervisor.try_wait()? {
             let end = last_lines(&log, 20).unwrap_or_default();

@@ -42,7 +42,7 @@ pub(super) fn run(node: &Node, run_dir: &Path, found: Option<State>) -> Result<E
             supervisor.watch(&signals, None);
         }
         Ok(false) => tracing::info!("interrupted: everything is taken back"),
-        Err(error) => tracing::error!("{error:#}; everything is taken back"),
+        Err(_) => tracing::error!("it cannot be brought up: everything is taken back"),
     }
     supervisor.save();
     let left = tear_down(&mut supervisor.state, run_dir);

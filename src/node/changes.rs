@@ -159,9 +159,8 @@ impl Change {
             },
             Self::Tuned { saved } => {
                 let lines = tune::restore(root, saved)?;
-                let stuck =
-                    |line: &&tune::Line| matches!(line.effect, Effect::Refused(_)) && line.now != line.wanted;
-                if let Some(line) = lines.iter().find(stuck) {
+                let stuck = lines.iter().find(|line| matches!(line.effect, Effect::Refused(_)));
+                if let Some(line) = stuck {
                     bail!("{} holds {}, and held {}", line.file.display(), line.now, line.wanted);
                 }
             }

@@ -155,14 +155,16 @@ fn siblings(host: &Host) -> Outcome {
     for core in busy.iter() {
         let Ok(threads) = topology::smt_siblings(root, core) else { continue };
         known = true;
-        shared
-            .extend(threads.iter().filter(|other| *other != core).map(|other| format!("{core} and {other}")));
+        // Each pair once.
+        let others =
+            threads.iter().filter(|other| *other > core || (*other != core && !busy.contains(*other)));
+        shared.extend(others.map(|other| format!("{core} and {other}")));
     }
     match (known, shared.first()) {
         (false, _) => Outcome::not_applicable("the kernel does not say"),
         (true, None) => Outcome::ok("each core has one thread"),
         (true, Some(first)) => Outcome::warning(
-            format!("cores {first} are one physical core, and {} more", shared.len() - 1),
+            format!("cores {first} are one physical core, and {} more pairs", shared.len() - 1),
             "give workers and vCPUs one thread of a core and leave the other idle, or echo off > /sys/devices/system/cpu/smt/control",
         ),
     }
@@ -278,7 +280,7 @@ mod tests {
             (&governor, "powersave\n"),
             (clock, "hpet\n"),
         ]);
-        machine.says("siblings", State::Warning, "cores 1 and 3 are one physical core");
+        machine.says("siblings", State::Warning, "cores 1 and 3 are one physical core, and 0 more");
         machine.says("governor", State::Warning, "powersave on core 1");
         machine.says("clock", State::Warning, "hpet");
         let good = Machine::with(&[ONLINE, (&alone, "2\n"), (&governor, "performance\n"), (clock, "tsc\n")]);

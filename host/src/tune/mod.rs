@@ -185,7 +185,7 @@ pub fn restore(root: &Path, saved: &Path) -> Result<Vec<Line>, SavedError> {
             wanted: entry.before.clone(),
             effect: effect.clone(),
         });
-        if matches!(effect, Effect::Refused(_)) && !unchangeable(&lines) {
+        if matches!(effect, Effect::Refused(_)) {
             left.push(entry);
         }
     }
@@ -193,11 +193,6 @@ pub fn restore(root: &Path, saved: &Path) -> Result<Vec<Line>, SavedError> {
     record.entries = left;
     record.write(saved)?;
     Ok(lines)
-}
-
-/// Whether the last line is of a file that was refused when it was to be changed as well: it holds what it held.
-fn unchangeable(lines: &[Line]) -> bool {
-    lines.last().is_some_and(|line| line.now == line.wanted)
 }
 
 /// Whether a knob's value is as it should be.
@@ -394,6 +389,24 @@ mod tests {
         let lines = apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
         assert!(matches!(lines[0].effect, Effect::Refused(_)), "{lines:?}");
         assert_eq!(lines[1].effect, Effect::Set);
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_stays_saved_and_the_rest_is_put_back() {
+        let (machine, profile) = (Machine::new(), Profile::parse("test", PROFILE).unwrap());
+        apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
+        let irq = machine.0.path().join("proc/irq/1/smp_affinity_list");
+        fs::remove_file(&irq).unwrap();
+        fs::create_dir(&irq).unwrap();
+        let lines = restore(machine.0.path(), &machine.saved()).unwrap();
+        let stuck: Vec<_> = lines.iter().filter(|line| matches!(line.effect, Effect::Refused(_))).collect();
+        assert_eq!(stuck.len(), 1, "{lines:?}");
+        fs::remove_dir(&irq).unwrap();
+        fs::write(&irq, "0-1").unwrap();
+        let lines = restore(machine.0.path(), &machine.saved()).unwrap();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert_eq!(machine.holds()["proc/irq/1/smp_affinity_list"], "0-3");
+        assert!(!machine.saved().exists());
     }
 
     #[test]

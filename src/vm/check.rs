@@ -104,7 +104,9 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
             NetBack::VhostUser(back) => {
                 let how = if back.listen { "listen on" } else { "connect to" };
                 let wait = if back.wait { " and wait for it" } else { "" };
-                format!("{how} {}{wait}", back.socket.display())
+                let queues =
+                    if back.pairs > 1 { format!(", {} queue pairs", back.pairs) } else { String::new() };
+                format!("{how} {}{wait}{queues}", back.socket.display())
             }
             NetBack::Tap(interface) => format!("use the tap {interface}"),
         };

@@ -55,7 +55,7 @@ macro_rules! keys {
         #[derive(Args)]
         struct Keys {
             $($(#[doc = $doc])+ #[arg(long, value_name = $value, help_heading = "Instead of a FILE")] $key: Option<String>,)+
-            /// A network card, as often as there are cards: vhost-user,socket=PATH, and mode, packed, wait; or tap,device=NAME; and mac, queue_size, mtu.
+            /// A network card, as often as there are cards: vhost-user,socket=PATH, and mode, queues, packed, wait; or tap,device=NAME; and mac, queue_size, mtu.
             #[arg(long, value_name = "CARD", help_heading = "Instead of a FILE")]
             net: Vec<String>,
             /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, queues, queue_size.

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::config::{Config, OnReboot};
@@ -36,6 +37,10 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
     };
     if let Err(error) = become_emulator(config) {
         return Ok(refuse(error));
+    }
+    // A card has four descriptors a queue, and up to 257 queues. 1,024, the usual limit, is for the sake of select(2).
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
     // Whatever a guest might make of this process, it gains nothing by starting a program.
     nix::sys::prctl::set_no_new_privs().context("giving up new privileges")?;

@@ -30,10 +30,14 @@ pub const NET_MRG_RXBUF: u64 = 1 << 15;
 pub const NET_STATUS: u64 = 1 << 16;
 /// The device has a control queue.
 pub const NET_CTRL_VQ: u64 = 1 << 17;
+/// The driver says which frames it wants to receive.
+pub const NET_CTRL_RX: u64 = 1 << 18;
 /// The driver can announce itself with gratuitous packets.
 pub const NET_GUEST_ANNOUNCE: u64 = 1 << 21;
 /// The device has several queue pairs.
 pub const NET_MQ: u64 = 1 << 22;
+/// The driver can change the device's MAC address.
+pub const NET_CTRL_MAC_ADDR: u64 = 1 << 23;
 /// Driver receives UDP segments unsegmented, over IPv4.
 pub const NET_GUEST_USO4: u64 = 1 << 54;
 /// Driver receives UDP segments unsegmented, over IPv6.

@@ -67,7 +67,7 @@ impl Driver {
             kick: self.kick.try_clone().unwrap(),
             call: None,
         };
-        Activation { features, queues: indices.iter().map(queue).collect() }
+        Activation { features, queues: indices.iter().map(queue).collect(), changed: None }
     }
 
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {

@@ -20,6 +20,9 @@ use virtio::{features, with_ring};
 use crate::buffers::Request;
 use crate::virtio_pci::{Activation, QueueSetup};
 
+/// Where a packed ring begins: both wrap counters set (virtio 1.3, 2.8.1).
+pub(crate) const PACKED_START: u32 = 0x8000_8000;
+
 /// What a device does with the requests of one queue. It may wait for what they need; only its own queue waits then.
 pub(crate) trait Serve: Send + 'static {
     /// The driver is ready; this was agreed on.
@@ -171,7 +174,7 @@ impl<S: Serve> Worker<S> {
             descriptors: queue.descriptors,
             driver: queue.driver,
             device: queue.device,
-            base: Some(0),
+            base: Some(if packed { PACKED_START } else { 0 }),
             features,
             memory: self.memory.clone(),
             log: None,

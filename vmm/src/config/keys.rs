@@ -107,6 +107,8 @@ keys! {
         mode: NetMode,
         /// The card's address.
         mac: HardwareAddress,
+        /// How many queue pairs.
+        queues: Bounded<1, 128>,
         /// Entries of each queue.
         queue_size: Bounded<16, 4_096>,
         /// The largest layer-3 packet, told to the guest.

@@ -104,6 +104,8 @@ pub struct VhostUserConfig {
     pub socket: PathBuf,
     /// Whether we listen on it.
     pub listen: bool,
+    /// Queue pairs, if the back end has as many.
+    pub pairs: u16,
     /// Whether packed rings are offered.
     pub packed: bool,
     /// Whether the guest starts only when the back end is there.

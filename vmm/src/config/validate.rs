@@ -211,6 +211,7 @@ fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<
         ("device", NetKind::Tap, keys.device.is_some()),
         ("socket", NetKind::VhostUser, keys.socket.is_some()),
         ("mode", NetKind::VhostUser, keys.mode.is_some()),
+        ("queues", NetKind::VhostUser, keys.queues.is_some()),
         ("packed", NetKind::VhostUser, keys.packed.is_some()),
         ("wait", NetKind::VhostUser, keys.wait.is_some()),
     ];
@@ -229,6 +230,7 @@ fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<
             NetBack::VhostUser(VhostUserConfig {
                 socket: keys.socket?.into_inner().0.into(),
                 listen: keys.mode.is_some_and(|mode| mode.into_inner() == NetMode::Server),
+                pairs: keys.queues.map_or(1, |queues| queues.get_ref().get()),
                 packed: keys.packed.is_some_and(Spanned::into_inner),
                 wait: keys.wait.is_none_or(Spanned::into_inner),
             })

@@ -1,10 +1,14 @@
 //! A network card whose data path is a vhost-user back end: a switch, ours or anybody's.
 //!
 //! Owns what the guest's driver sees: features, address, link, MTU. The conversation with the back end has a thread of its own
-//! ([`session`]), so that one that answers late or never holds no vCPU; frames pass neither.
+//! ([`session`]), so that one that answers late or never holds no vCPU, and so has the driver's control queue ([`control`]);
+//! frames pass neither.
 
+mod control;
 mod session;
 pub(crate) mod tap;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,15 +20,20 @@ use virtio::features;
 
 use crate::config::{NetConfig, VhostUserConfig};
 use crate::memory::GuestMemory;
-use crate::virtio_pci::{Activation, VirtioDevice};
-use session::{Command, Session};
+use crate::virtio_pci::{Activation, QueueSetup, VirtioDevice};
+use crate::worker::Workers;
+use control::{CardState, Control};
+use session::{Command, Session, Ties};
 
 /// virtio's number of a network card (virtio 1.3, 5.1), and PCI's class of one.
 const KIND: (u16, u16) = (1, 0x0200);
-/// Receive and transmit queue.
+/// Receive and transmit queue: a pair.
 const QUEUES: usize = 2;
+/// Entries of the control queue; a driver has one command at a time in it.
+const CONTROL_SIZE: u16 = 64;
 
-/// What is the back end's to offer and passes through to the driver. What needs a control queue is not among it.
+/// What is the back end's to offer and passes through to the driver. What needs a control queue is the card's own, but for
+/// several pairs.
 const OF_BACK_END: u64 = features::NET_CSUM
     | features::NET_GUEST_CSUM
     | features::NET_GUEST_TSO4
@@ -43,9 +52,6 @@ const OF_BACK_END: u64 = features::NET_CSUM
     | features::RING_EVENT_IDX
     | features::VERSION_1
     | features::IN_ORDER;
-
-/// Configuration (5.1.4): where the link status, the number of pairs and the MTU are.
-const LINK_UP: u16 = 1;
 
 /// Why a card cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -70,11 +76,11 @@ pub enum NetError {
     System(#[from] std::io::Error),
 }
 
-/// A card's configuration, whatever is behind it: address, link status, pairs of queues, MTU.
-fn configuration(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
-    let mut config = mac.to_vec();
-    config.extend(LINK_UP.to_le_bytes());
-    config.extend(1_u16.to_le_bytes());
+/// A card's configuration (5.1.4), whatever is behind it: address, link status, pairs of queues, MTU.
+fn configuration(state: &CardState, pairs: u16, mtu: Option<u16>) -> Vec<u8> {
+    let mut config = state.mac().to_vec();
+    config.extend(state.status().to_le_bytes());
+    config.extend(pairs.to_le_bytes());
     config.extend(mtu.unwrap_or(0).to_le_bytes());
     config
 }
@@ -82,13 +88,29 @@ fn configuration(mac: [u8; 6], mtu: Option<u16>) -> Vec<u8> {
 /// The card.
 pub(crate) struct Net {
     offered: u64,
-    mac: [u8; 6],
+    state: Arc<CardState>,
+    pairs: u16,
     mtu: Option<u16>,
     queue_size: u16,
+    teller: Teller,
+    idle: Arc<AtomicBool>,
+    control: Workers,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Tells the conversation's thread something.
+#[derive(Clone)]
+struct Teller {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
-    idle: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+}
+
+impl Teller {
+    fn tell(&self, command: Command) {
+        // Its thread only ends when the card is dropped.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
 }
 
 impl Net {
@@ -102,33 +124,50 @@ impl Net {
         memory: Arc<GuestMemory>,
     ) -> Result<Self, NetError> {
         let packed = if back.packed { features::RING_PACKED } else { 0 };
-        let wanted = OF_BACK_END | packed;
+        let several = if back.pairs > 1 { features::NET_MQ } else { 0 };
+        let wanted = OF_BACK_END | packed | several;
         let (commands, received) = unbounded();
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = Arc::new(wake.map_err(std::io::Error::from)?);
         let idle = Arc::new(AtomicBool::new(true));
-        let (mut session, theirs) =
-            Session::begin(config, back, wanted, memory, received, wake.clone(), idle.clone())?;
+        let state = Arc::new(CardState::new(config.mac, false));
+        let for_rings = memory.for_rings().map_err(std::io::Error::other)?;
+        let ties = Ties { commands: received, wake: wake.clone(), idle: idle.clone(), state: state.clone() };
+        let (mut session, theirs) = Session::begin(config, back, wanted, memory, ties)?;
         let mtu = if config.mtu.is_some() { features::NET_MTU } else { 0 };
-        let offered = theirs & wanted | features::VERSION_1 | features::NET_MAC | features::NET_STATUS | mtu;
+        let offered = theirs.features & wanted
+            | features::VERSION_1
+            | features::NET_MAC
+            | features::NET_STATUS
+            | control::OFFERED
+            | mtu;
+        let teller = Teller { commands, wake };
+        let to_session = teller.clone();
+        let control = Control {
+            state: state.clone(),
+            pairs: theirs.pairs,
+            features: 0,
+            use_pairs: move |pairs| to_session.tell(Command::Pairs(pairs)),
+        };
+        let control = Workers::new(&format!("{} ctl", config.name), &for_rings, vec![control])?;
         let thread =
             std::thread::Builder::new().name(format!("net {}", config.name)).spawn(move || session.run())?;
         Ok(Self {
             offered,
-            mac: config.mac,
+            state,
+            pairs: theirs.pairs,
             mtu: config.mtu,
             queue_size: config.queue_size,
-            commands,
-            wake,
+            teller,
             idle,
+            control,
             thread: Some(thread),
         })
     }
 
-    fn tell(&self, command: Command) {
-        // Its thread only ends when this is dropped.
-        let _ = self.commands.send(command);
-        let _ = self.wake.write(1);
+    /// The queue that takes commands (5.1.2): behind the pairs that the driver knows of.
+    fn control_index(&self, features: u64) -> u16 {
+        QUEUES as u16 * if features & features::NET_MQ == 0 { 1 } else { self.pairs }
     }
 }
 
@@ -142,69 +181,53 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![self.queue_size; QUEUES]
+        let mut sizes = vec![self.queue_size; QUEUES * usize::from(self.pairs)];
+        sizes.push(CONTROL_SIZE);
+        sizes
     }
 
     fn config(&self) -> Vec<u8> {
-        configuration(self.mac, self.mtu)
+        configuration(&self.state, self.pairs, self.mtu)
+    }
+
+    fn generation(&self) -> u8 {
+        self.state.generation()
     }
 
     fn activate(&mut self, activation: Activation) {
         self.idle.store(false, Ordering::Release);
-        self.tell(Command::Start(activation));
+        let Activation { features, queues, changed } = activation;
+        let at = self.control_index(features);
+        let (of_pairs, others): (Vec<_>, Vec<_>) = queues.into_iter().partition(|queue| queue.index < at);
+        self.teller.tell(Command::Start(Activation { features, queues: of_pairs, changed }));
+        let command = others.into_iter().find(|queue| queue.index == at);
+        let command = command.filter(|_| features & features::NET_CTRL_VQ != 0);
+        let queues = command.into_iter().map(|queue| QueueSetup { index: 0, ..queue }).collect();
+        self.control.activate(Activation { features, queues, changed: None });
     }
 
     fn reset(&mut self) {
         // A card that has no queues is reset already: its thread, late with this, would say so of those that it gets next.
         if !self.is_reset() {
-            self.tell(Command::Stop);
+            self.control.reset();
+            self.teller.tell(Command::Stop);
         }
     }
 
     fn is_reset(&self) -> bool {
-        self.idle.load(Ordering::Acquire)
+        self.idle.load(Ordering::Acquire) && self.control.are_idle()
+    }
+
+    fn is_broken(&self) -> bool {
+        self.control.are_broken()
     }
 }
 
 impl Drop for Net {
     fn drop(&mut self) {
-        self.tell(Command::End);
+        self.teller.tell(Command::End);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Config;
-
-    #[test]
-    fn a_card_that_was_reset_before_it_was_started_holds_its_queues_until_the_reset_after() {
-        let dir = tempfile::tempdir().unwrap();
-        let text = format!(
-            "[vm]\nkernel = 'k'\nmemory = '4 MiB'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = '{}'\nwait = false",
-            dir.path().join("nobody.sock").display()
-        );
-        let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
-        let memory = Arc::new(GuestMemory::new(&config).unwrap());
-        let crate::config::NetBack::VhostUser(back) = &config.net[0].back else { panic!("not a socket") };
-        let mut card = Net::new(&config.net[0], back, memory).unwrap();
-        // A driver resets a card that it finds (virtio 1.3, 3.1.1).
-        card.reset();
-        assert!(card.is_reset(), "there is nothing to let go of");
-        card.activate(Activation { features: features::VERSION_1, queues: Vec::new() });
-        // Longer than the thread takes to hear of both.
-        for _ in 0..20 {
-            std::thread::sleep(std::time::Duration::from_millis(25));
-            assert!(!card.is_reset(), "nobody asked for it");
-        }
-        card.reset();
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while !card.is_reset() {
-            assert!(std::time::Instant::now() < end, "it keeps its queues");
-            std::thread::sleep(std::time::Duration::from_millis(1));
         }
     }
 }

@@ -20,26 +20,48 @@ use vhost_user::frontend::{
 use virtio::features;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::control::CardState;
 use super::{NetError, QUEUES};
 use crate::config::{NetConfig, VhostUserConfig};
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
+use crate::worker::PACKED_START;
 
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often a back end that is not there is looked for.
 const RETRY: Duration = Duration::from_millis(100);
-/// Where a packed ring begins: both wrap counters set (virtio 1.3, 2.8.1).
-const PACKED_START: u32 = 0x8000_8000;
 
 /// What the card asks for.
 pub(super) enum Command {
     /// The driver is ready.
     Start(Activation),
+    /// The driver uses so many pairs of queues.
+    Pairs(u16),
     /// The driver resets the card.
     Stop,
     /// The machine ends.
     End,
+}
+
+/// What ties the conversation to its card.
+pub(super) struct Ties {
+    pub(super) commands: Receiver<Command>,
+    pub(super) wake: Arc<EventFd>,
+    pub(super) idle: Arc<AtomicBool>,
+    pub(super) state: Arc<CardState>,
+}
+
+/// What a back end has of what we want.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offer {
+    pub(super) features: u64,
+    pub(super) pairs: u16,
+}
+
+impl Offer {
+    /// A card whose back end nobody has seen.
+    const BARE: Self = Self { features: features::VERSION_1, pairs: 1 };
 }
 
 /// Where the back end is met.
@@ -51,6 +73,8 @@ enum Meeting {
 /// What a running back end knows.
 struct Running {
     activation: Activation,
+    /// How many pairs of queues the driver uses: one, until it says otherwise.
+    pairs: u16,
     inflight: Option<InflightRegion>,
     /// It had a back end before this one: rings go on, they do not begin.
     goes_on: bool,
@@ -63,12 +87,12 @@ pub(super) struct Session {
     name: String,
     meeting: Meeting,
     wanted: u64,
+    /// Pairs of queues to have; once the driver knows a number, that.
+    pairs: u16,
     mtu: Option<u16>,
     memory: Arc<GuestMemory>,
-    commands: Receiver<Command>,
-    wake: Arc<EventFd>,
-    idle: Arc<AtomicBool>,
-    front: Option<(FrontEnd, Protocol)>,
+    ties: Ties,
+    front: Option<(FrontEnd, Protocol, Offer)>,
     running: Option<Running>,
     complained: bool,
 }
@@ -81,10 +105,8 @@ impl Session {
         config: &VhostUserConfig,
         wanted: u64,
         memory: Arc<GuestMemory>,
-        commands: Receiver<Command>,
-        wake: Arc<EventFd>,
-        idle: Arc<AtomicBool>,
-    ) -> Result<(Self, u64), NetError> {
+        ties: Ties,
+    ) -> Result<(Self, Offer), NetError> {
         let meeting = match config.listen {
             true => Meeting::Here(FrontEndListener::bind(&config.socket)?),
             false => Meeting::There(config.socket.clone()),
@@ -93,11 +115,10 @@ impl Session {
             name: card.name.clone(),
             meeting,
             wanted,
+            pairs: config.pairs,
             mtu: card.mtu,
             memory,
-            commands,
-            wake,
-            idle,
+            ties,
             front: None,
             running: None,
             complained: false,
@@ -108,20 +129,39 @@ impl Session {
                 session.pause();
                 offered = session.meet();
             }
-        } else if offered.is_none() {
-            session.wanted = features::VERSION_1;
         }
-        Ok((session, offered.unwrap_or(features::VERSION_1)))
+        let offer = offered.unwrap_or(Offer::BARE);
+        if offered.is_none() {
+            session.wanted = offer.features;
+        }
+        if offer.pairs < config.pairs {
+            let has =
+                if offered.is_some() { "its back end has" } else { "there is no back end yet, which makes" };
+            tracing::warn!(
+                "{}: {has} {} of the {} queue pairs that `queues` asks for",
+                session.name,
+                offer.pairs,
+                config.pairs
+            );
+        }
+        session.pairs = offer.pairs;
+        Ok((session, offer))
     }
 
     /// Looks after the back end until the machine ends.
     pub(super) fn run(&mut self) {
         loop {
-            match self.commands.try_recv() {
+            match self.ties.commands.try_recv() {
                 Ok(Command::Start(activation)) => {
-                    self.running =
-                        Some(Running { activation, inflight: None, goes_on: false, started: false });
+                    self.running = Some(Running {
+                        activation,
+                        pairs: 1,
+                        inflight: None,
+                        goes_on: false,
+                        started: false,
+                    });
                 }
+                Ok(Command::Pairs(pairs)) => self.use_pairs(pairs),
                 Ok(Command::Stop) => self.stop(),
                 Ok(Command::End) | Err(TryRecvError::Disconnected) => return self.stop(),
                 Err(TryRecvError::Empty) => {
@@ -139,7 +179,7 @@ impl Session {
     }
 
     /// Tries to meet a back end, once. Returns what it offers of what we want.
-    fn meet(&mut self) -> Option<u64> {
+    fn meet(&mut self) -> Option<Offer> {
         let met = match &self.meeting {
             Meeting::There(path) => FrontEnd::connect(path, PATIENCE),
             // Not to wait in it: the time-out that it takes is also that of all answers.
@@ -151,21 +191,40 @@ impl Session {
         };
         let wanted =
             self.running.as_ref().map_or(self.wanted, |running| running.activation.features & self.wanted);
-        let protocol = Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD | Protocol::MTU;
-        let agreed = met.and_then(|mut front| Ok((front.negotiate(wanted, protocol)?, front)));
+        let protocol = Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD | Protocol::MTU | Protocol::MQ;
+        let most = self.pairs;
+        let agreed = met.and_then(|mut front| {
+            let mut agreed = front.negotiate(wanted, protocol)?;
+            let several = agreed.features & features::NET_MQ != 0 && agreed.protocol.contains(Protocol::MQ);
+            let pairs = if several { front.queue_pairs()?.min(most.into()).max(1) as u16 } else { 1 };
+            if pairs == 1 && self.running.is_none() {
+                agreed.features &= !features::NET_MQ;
+            }
+            Ok((agreed, pairs, front))
+        });
         match agreed {
-            Ok((agreed, _)) if self.running.is_some() && agreed.features != wanted => {
+            Ok((_, pairs, _)) if self.running.is_some() && pairs < most => {
+                self.complain(&format!(
+                    "the new back end has {pairs} queue pair(s), the guest's card {most}"
+                ));
+                None
+            }
+            Ok((agreed, ..)) if self.running.is_some() && agreed.features != wanted => {
                 let lost = wanted & !agreed.features;
                 self.complain(&format!(
                     "the new back end lacks features {lost:#x} that the guest's driver uses"
                 ));
                 None
             }
-            Ok((agreed, front)) => {
+            Ok((agreed, pairs, front)) => {
                 tracing::info!("{}: back end connected", self.name);
                 self.complained = false;
-                self.front = Some((front, agreed.protocol));
-                Some(agreed.features)
+                let offer = Offer { features: agreed.features, pairs };
+                self.front = Some((front, agreed.protocol, offer));
+                if self.ties.state.link_up() {
+                    self.tell_of_change();
+                }
+                Some(offer)
             }
             Err(error @ FrontEndError::Connect { .. }) => {
                 self.complain(&format!("waiting for its back end ({error})"));
@@ -187,19 +246,32 @@ impl Session {
 
     /// Tells the back end about memory and rings, if the driver is ready and it does not know yet.
     fn start(&mut self) {
-        let (Some((front, protocol)), Some(running)) = (&mut self.front, &mut self.running) else { return };
+        let (Some((front, protocol, offer)), Some(running)) = (&mut self.front, &mut self.running) else {
+            return;
+        };
         if running.started {
+            return;
+        }
+        // It came while no driver used the card, and may lack what this one was offered before: met again, it is judged.
+        let used = running.activation.features & self.wanted;
+        if used & !offer.features != 0 || used & features::NET_MQ != 0 && offer.pairs < self.pairs {
+            self.front = None;
             return;
         }
         let told = tell(front, *protocol, running, &self.memory, self.wanted, self.mtu);
         match told {
             Ok(()) => {
                 running.started = true;
-                running.goes_on = true;
+                let again = std::mem::replace(&mut running.goes_on, true);
                 // Whatever was said while nobody listened is said again: buffers to take, buffers that were used.
                 for queue in &running.activation.queues {
                     signal(&queue.kick);
                     queue.call.iter().for_each(signal);
+                }
+                // The new back end, and whoever is behind it, may never have heard of the guest.
+                if again && running.activation.features & features::NET_GUEST_ANNOUNCE != 0 {
+                    self.ties.state.set_announce(true);
+                    self.tell_of_change();
                 }
             }
             Err(error) => {
@@ -210,9 +282,40 @@ impl Session {
         }
     }
 
+    /// The driver uses `pairs` pairs from now on.
+    fn use_pairs(&mut self, pairs: u16) {
+        let Some(running) = &mut self.running else { return };
+        let before = std::mem::replace(&mut running.pairs, pairs);
+        let Some((front, protocol, _)) = self.front.as_mut().filter(|_| running.started) else { return };
+        // Without protocol features all queues are enabled, always.
+        if protocol.is_empty() {
+            return;
+        }
+        for queue in &running.activation.queues {
+            let (was, is) = (is_of(queue, before), is_of(queue, pairs));
+            if was == is {
+                continue;
+            }
+            if let Err(error) = front.enable_queue(queue.index, is) {
+                tracing::warn!("{}: {error}", self.name);
+                self.front = None;
+                running.started = false;
+                return;
+            }
+            // What was put there before it was enabled.
+            signal(&queue.kick);
+        }
+        tracing::debug!("{}: the driver uses {pairs} queue pair(s)", self.name);
+    }
+
+    /// Tells the driver that the configuration changed.
+    fn tell_of_change(&self) {
+        self.running.iter().flat_map(|running| &running.activation.changed).for_each(signal);
+    }
+
     /// Lets go of the queues.
     fn stop(&mut self) {
-        if let (Some((front, _)), Some(running)) = (&mut self.front, &self.running)
+        if let (Some((front, ..)), Some(running)) = (&mut self.front, &self.running)
             && running.started
         {
             let queues = running.activation.queues.iter();
@@ -225,20 +328,21 @@ impl Session {
             }
         }
         self.running = None;
-        self.idle.store(true, Ordering::Release);
+        self.ties.state.set_announce(false);
+        self.ties.idle.store(true, Ordering::Release);
     }
 
     /// Waits for a command or the end of the connection.
     fn watch(&mut self) {
-        let Some((front, _)) = &self.front else { return };
+        let Some((front, ..)) = &self.front else { return };
         let mut fds = [
             PollFd::new(front.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.ties.wake.as_fd(), PollFlags::POLLIN),
         ];
         let _ = poll(&mut fds, PollTimeout::NONE);
         // It answers, and says nothing by itself: whatever comes, the end included, is the end of it.
         let ended = fds.first().and_then(PollFd::any).unwrap_or(false);
-        let _ = self.wake.read();
+        let _ = self.ties.wake.read();
         if ended {
             self.front = None;
             if let Some(running) = &mut self.running {
@@ -252,12 +356,12 @@ impl Session {
 
     /// Waits a while, or for a command.
     fn pause(&self) {
-        let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(self.ties.wake.as_fd(), PollFlags::POLLIN)];
         if let (Meeting::Here(listener), None) = (&self.meeting, &self.front) {
             fds.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
         }
         let _ = poll(&mut fds, PollTimeout::try_from(RETRY).unwrap_or(PollTimeout::ZERO));
-        let _ = self.wake.read();
+        let _ = self.ties.wake.read();
     }
 }
 
@@ -292,9 +396,10 @@ fn tell(
     let mut has_inflight = false;
     if protocol.contains(Protocol::INFLIGHT_SHMFD) {
         let size = activation.queues.iter().map(|queue| queue.size).max().unwrap_or(1);
+        let last = activation.queues.iter().map(|queue| queue.index).max().unwrap_or(QUEUES as u16 - 1);
         let region = match running.inflight.take() {
             Some(region) => region,
-            None => front.get_inflight(QUEUES as u16, size)?,
+            None => front.get_inflight(last + 1, size)?,
         };
         front.set_inflight(running.inflight.insert(region))?;
         has_inflight = true;
@@ -325,9 +430,15 @@ fn tell(
         front.start_queue(queue.index, &config)?;
     }
     if !protocol.is_empty() {
-        activation.queues.iter().try_for_each(|queue| front.enable_queue(queue.index, true))?;
+        let mut used = activation.queues.iter().filter(|queue| is_of(queue, running.pairs));
+        used.try_for_each(|queue| front.enable_queue(queue.index, true))?;
     }
     Ok(())
+}
+
+/// Whether it is among the first `pairs`.
+fn is_of(queue: &QueueSetup, pairs: u16) -> bool {
+    usize::from(queue.index) < QUEUES * usize::from(pairs)
 }
 
 /// Where a split ring's device was: its used index (virtio 1.3, 2.7.8). The guest may have written anything there; the back end

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use virtio::features;
 use virtio::memory::GuestMemory;
 
+use super::control::CardState;
 use super::{KIND, NetError, QUEUES, configuration};
 use crate::buffers::Request;
 use crate::config::NetConfig;
@@ -35,7 +36,7 @@ const OFFERED: u64 = features::NET_CSUM
 
 /// The card.
 pub(crate) struct TapCard {
-    mac: [u8; 6],
+    state: CardState,
     mtu: Option<u16>,
     queue_size: u16,
     workers: Workers,
@@ -55,7 +56,8 @@ impl TapCard {
         let server =
             |receives| Server { receives, file: Some(file.clone()), interface: interface.to_owned() };
         let workers = Workers::new(&config.name, memory, vec![server(true), server(false)])?;
-        Ok(Self { mac: config.mac, mtu: config.mtu, queue_size: config.queue_size, workers })
+        let state = CardState::new(config.mac, true);
+        Ok(Self { state, mtu: config.mtu, queue_size: config.queue_size, workers })
     }
 }
 
@@ -74,7 +76,7 @@ impl VirtioDevice for TapCard {
     }
 
     fn config(&self) -> Vec<u8> {
-        configuration(self.mac, self.mtu)
+        configuration(&self.state, 1, self.mtu)
     }
 
     fn activate(&mut self, activation: Activation) {

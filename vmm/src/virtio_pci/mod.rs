@@ -28,7 +28,8 @@ const ISR: u64 = 0x1000;
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
 const MSIX_TABLE: u64 = 0x4000;
-const MSIX_PENDING: u64 = 0x5000;
+/// Two pages: a card with 128 pairs of queues has 258 vectors.
+const MSIX_PENDING: u64 = 0x6000;
 const PAGE: u64 = 0x1000;
 /// Bytes between the notification addresses of two queues.
 const NOTIFY_STEP: u32 = 4;
@@ -65,6 +66,8 @@ pub(crate) struct Activation {
     pub(crate) features: u64,
     /// The queues that it enabled.
     pub(crate) queues: Vec<QueueSetup>,
+    /// Tells the driver that the device's configuration changed; `None`: it does not want to know.
+    pub(crate) changed: Option<EventFd>,
 }
 
 /// A kind of device. Its methods run on vCPU threads: none may wait.
@@ -77,6 +80,10 @@ pub(crate) trait VirtioDevice: Send {
     fn queue_sizes(&self) -> Vec<u16>;
     /// Its own configuration, whole.
     fn config(&self) -> Vec<u8>;
+    /// Another number after each change of the configuration (4.1.4.3.1).
+    fn generation(&self) -> u8 {
+        0
+    }
     /// The driver is ready.
     fn activate(&mut self, activation: Activation);
     /// Begins to let go of the queues.
@@ -225,13 +232,14 @@ impl Inner {
                 if !self.is_resetting() && self.device.is_broken() {
                     self.registers.needs_reset();
                 }
+                self.registers.set_generation(self.device.generation());
                 self.registers.read(within, data);
             }
             DEVICE => {
                 let config = self.device.config();
                 data.iter_mut().zip(config.iter().skip(within)).for_each(|(to, from)| *to = *from);
             }
-            MSIX_TABLE => self.msix.read_table(within, data),
+            MSIX_TABLE..MSIX_PENDING => self.msix.read_table((offset - MSIX_TABLE) as usize, data),
             MSIX_PENDING => self.msix.read_pending(within, data),
             // The ISR status serves interrupt lines, which these devices have not.
             _ => {}
@@ -261,8 +269,8 @@ impl Inner {
                     host::signal::signal(kick);
                 }
             }
-            MSIX_TABLE if within < usize::from(self.msix.count()) * ENTRY => {
-                self.msix.write_table(within, data)
+            MSIX_TABLE..MSIX_PENDING if offset - MSIX_TABLE < u64::from(self.msix.count()) * ENTRY as u64 => {
+                self.msix.write_table((offset - MSIX_TABLE) as usize, data)
             }
             _ => {}
         }
@@ -297,10 +305,7 @@ impl Inner {
                 host(registers.driver, lengths.driver, lengths.driver_align),
                 host(registers.device, lengths.device, 4),
             );
-            let call = match registers.vector {
-                NO_VECTOR => None,
-                vector => self.msix.event(vector),
-            };
+            let call = self.event(registers.vector);
             let (Some(descriptors), Some(driver), Some(device), Ok(kick)) =
                 (descriptors, driver, device, kick.try_clone())
             else {
@@ -312,6 +317,12 @@ impl Inner {
             };
             queues.push(QueueSetup { index, size: registers.size, descriptors, driver, device, kick, call });
         }
-        self.device.activate(Activation { features, queues });
+        let changed = self.event(self.registers.config_vector());
+        self.device.activate(Activation { features, queues, changed });
+    }
+
+    /// What signals a vector that the driver chose.
+    fn event(&self, vector: u16) -> Option<EventFd> {
+        if vector == NO_VECTOR { None } else { self.msix.event(vector) }
     }
 }

@@ -79,6 +79,7 @@ pub(super) struct Registers {
     status: u8,
     config_vector: u16,
     vectors: u16,
+    generation: u8,
     select: u16,
     queues: Vec<QueueRegisters>,
 }
@@ -93,6 +94,7 @@ impl Registers {
             status: 0,
             config_vector: NO_VECTOR,
             vectors,
+            generation: 0,
             select: 0,
             queues: sizes.iter().map(|most| QueueRegisters::new(*most)).collect(),
         }
@@ -105,6 +107,16 @@ impl Registers {
 
     pub(super) fn queues(&self) -> &[QueueRegisters] {
         &self.queues
+    }
+
+    /// Which vector tells the driver of changes of the configuration.
+    pub(super) fn config_vector(&self) -> u16 {
+        self.config_vector
+    }
+
+    /// The device's configuration may have changed.
+    pub(super) fn set_generation(&mut self, generation: u8) {
+        self.generation = generation;
     }
 
     /// As at the start.
@@ -131,8 +143,7 @@ impl Registers {
             0x10..0x12 => (0x10, 2, self.config_vector.into()),
             0x12..0x14 => (0x12, 2, self.queues.len() as u64),
             0x14 => (0x14, 1, self.status.into()),
-            // The configuration never changes under the driver.
-            0x15 => (0x15, 1, 0),
+            0x15 => (0x15, 1, self.generation.into()),
             0x16..0x18 => (0x16, 2, self.select.into()),
             0x18..0x1a => (0x18, 2, of(|q| q.size.into())),
             0x1a..0x1c => (0x1a, 2, queue.map_or(NO_VECTOR.into(), |q| q.vector.into())),

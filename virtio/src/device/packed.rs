@@ -339,9 +339,6 @@ impl PackedRing {
     #[cold]
     fn log_used(&self, mut from: Position) {
         let Some(log) = &self.setup.log else { return };
-        if let Some(at) = self.setup.log_used {
-            log.mark(at, 4);
-        }
         while from != self.used {
             log.mark(self.setup.descriptors.guest + u64::from(from.at) * 16, 16);
             from.advance(1, self.size);
@@ -459,6 +456,9 @@ impl Ring for PackedRing {
 
     fn set_notify(&mut self, on: bool) {
         self.device.set(0, if on { Events::ENABLE } else { Events::DISABLE });
+        if let (Some(log), Some(at)) = (&self.setup.log, self.setup.log_used) {
+            log.mark(at, Events::BYTES as u64);
+        }
         full_fence();
     }
 

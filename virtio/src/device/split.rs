@@ -353,12 +353,17 @@ impl Ring for SplitRing {
     }
 
     fn set_notify(&mut self, on: bool) {
-        if self.event_idx {
+        let written_at = if self.event_idx {
             // Off: an index that was passed long ago, so that the driver stays quiet for the next 65,535 chains.
             let event = if on { self.next } else { self.next.wrapping_sub(1) };
             self.used.set_avail_event(event);
+            Used::offset(self.size)
         } else {
             self.used.set_flags(if on { 0 } else { Used::NO_NOTIFY });
+            0
+        };
+        if let (Some(log), Some(at)) = (&self.setup.log, self.setup.log_used) {
+            log.mark(at.saturating_add(written_at as u64), 2);
         }
         full_fence();
     }

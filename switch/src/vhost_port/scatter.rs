@@ -11,6 +11,9 @@ use virtio::memory::copy::copy;
 use super::tx::{Receiver, Refusal};
 use crate::outgoing::{Destination, Outgoing};
 
+/// Bytes of the longest frame that every receive buffer must hold: an Ethernet frame of 1500 bytes with a VLAN tag.
+const ORDINARY: usize = 1518;
+
 /// A guest's receive ring, as where frames of any shape go.
 struct Chains<'r, 'c, R> {
     receiver: &'r Receiver<'c>,
@@ -84,6 +87,12 @@ impl Receiver<'_> {
         let (mut chains, mut room) = (0, 0);
         while room < need {
             if chains == most {
+                // A driver that merges no buffers offers none that is too small for an ordinary frame (virtio 1.3,
+                // 5.1.6.3.1). One that is goes back empty, or the ring would be stuck behind it; for a longer frame it
+                // stays, and serves the next that fits.
+                if chains == 1 && need <= self.header + ORDINARY {
+                    ring.use_written(0);
+                }
                 return Err(Refusal::Drop(DropReason::ReceiverTooSmall));
             }
             if chains == ring.stock().len() && ring.fetch(chains + 1).map_err(Refusal::Broken)? == chains {

@@ -36,6 +36,10 @@ impl Surroundings for Planned {
         self.now.writes(path)
     }
 
+    fn memory(&self) -> u64 {
+        self.now.memory()
+    }
+
     fn device(&self, name: &str, kind: PortKind) -> Result<(), String> {
         if kind == PortKind::Nic && name.parse().is_ok_and(|bdf| self.cards.contains(&bdf)) {
             return Ok(());

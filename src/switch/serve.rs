@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use switch::config::{Config, ThisMachine};
@@ -44,6 +45,7 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
             return Ok(ExitCode::from(crate::output::REFUSED));
         }
     };
+    allow_descriptors(&config);
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("waiting for signals")?;
     let ports = config.ports.len();
     let switch = match Switch::start(config.clone(), run_dir.clone(), machine) {
@@ -78,6 +80,23 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
     }
     drop(server);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Descriptors that the switch has beside those of its guests' rings.
+const OWN_DESCRIPTORS: u64 = 256;
+
+/// Raises the limit of open descriptors as far as it goes: a guest brings up to three eventfds for each of its rings, of which
+/// the session and the ring have one each, and no guest may use up what another one needs. Tells if it does not go far enough.
+fn allow_descriptors(config: &Config) {
+    let guests = config.ports.iter().filter(|port| port.behind.socket().is_some());
+    let needed = OWN_DESCRIPTORS + guests.map(|port| 64 + 12 * u64::from(port.queue_pairs)).sum::<u64>();
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() || hard < needed {
+        tracing::warn!(
+            "guests may bring {needed} descriptors and this process may have {hard}: queues beyond that will not start; \
+             raise the limit (ulimit -Hn, systemd's LimitNOFILE)"
+        );
+    }
 }
 
 /// Applies the changed file, and logs what came of it.

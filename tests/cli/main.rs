@@ -9,7 +9,11 @@ mod confinement;
 mod crash;
 mod doctor;
 mod files;
+mod front_end;
 mod node;
+#[allow(dead_code)] // the session tests of `vhost-user` need the rest
+#[path = "../../vhost-user/tests/session/raw.rs"]
+mod raw;
 mod vm;
 mod world;
 

@@ -89,10 +89,14 @@ impl Running {
 
     /// Starts the switch of `file` and waits until it says that it is ready.
     pub(crate) fn start_file(place: &Place, file: &Path) -> Self {
+        let mut command = Command::new(CABLEWAY);
+        Self::start_command(place, command.arg("switch").arg(file).arg("--run-dir").arg(place.run_dir()))
+    }
+
+    /// Starts a switch by a command of the test's own.
+    pub(crate) fn start_command(place: &Place, command: &mut Command) -> Self {
         let log = place.0.path().join("log");
         let out = fs::File::create(&log).unwrap();
-        let mut command = Command::new(CABLEWAY);
-        command.arg("switch").arg(file).arg("--run-dir").arg(place.run_dir());
         let process = command.stderr(out).stdin(Stdio::null()).spawn().unwrap();
         let mut running = Self { process, log };
         running.wait_for_log("ready in");

@@ -297,7 +297,8 @@ impl PortReader<'_, '_> {
     fn offloads_only(&mut self, place: &str, disabled: Option<&Vec<Spanned<FeatureName>>>) {
         for feature in disabled.into_iter().flatten() {
             let known = feature.get_ref().0;
-            if known.virtio_bits() & Feature::Offloads.virtio_bits() == 0 {
+            let bits = known.virtio_bits();
+            if bits == 0 || bits & !Feature::Offloads.virtio_bits() != 0 {
                 let message = format!(
                     "`disable`: a tap has no `{}`; only offloads can be withheld from it",
                     known.name()

@@ -43,7 +43,17 @@ const GUEST_SEGMENTATION: u64 = bit::NET_GUEST_TSO4
     | bit::NET_GUEST_USO4
     | bit::NET_GUEST_USO6;
 
+/// What only a driver of virtio 1 can negotiate: the earlier ones have 32 bits.
+const SINCE_1: u64 = bit::VERSION_1
+    | bit::RING_PACKED
+    | bit::IN_ORDER
+    | bit::NET_GUEST_USO4
+    | bit::NET_GUEST_USO6
+    | bit::NET_HOST_USO;
+
 features! {
+    /// Virtio 1: the guest's driver is a legacy one, with split rings, not in order, and no UDP unsegmented.
+    Version1 = "version_1", SINCE_1;
     /// Packed rings (the guest uses split ones).
     Packed = "packed", bit::RING_PACKED;
     /// Buffers used in the order in which they were made available.

@@ -49,6 +49,9 @@ pub trait Surroundings {
     /// We cannot, and why.
     fn writes(&self, path: &Path) -> Result<(), String>;
 
+    /// Bytes of memory that the machine has: no guest's is more.
+    fn memory(&self) -> u64;
+
     /// Whether ports of this kind can have devices here.
     ///
     /// # Errors
@@ -61,6 +64,7 @@ pub trait Surroundings {
 pub struct ThisMachine {
     online: Option<CoreSet>,
     permitted: Option<CoreSet>,
+    memory: u64,
     ours: Vec<PathBuf>,
     /// Groups that were looked up, by name.
     groups: Arc<Mutex<BTreeMap<String, Gid>>>,
@@ -97,7 +101,9 @@ impl ThisMachine {
         // Where the kernel does not tell, pinning the worker will.
         let online = topology::online_cores(Path::new("/")).ok();
         let permitted = topology::permitted_cores().ok();
-        Self { online, permitted, ours: Vec::new(), groups: Arc::default(), confined: None }
+        // The kernel always tells; were it not to, a machine of a common size is supposed.
+        let memory = nix::sys::sysinfo::sysinfo().map_or(64 << 30, |info| info.ram_total());
+        Self { online, permitted, memory, ours: Vec::new(), groups: Arc::default(), confined: None }
     }
 
     /// The same machine for a switch that runs, held to `devices`, and to `files` if to any. Ask before the thread is confined.
@@ -247,6 +253,10 @@ impl Surroundings for ThisMachine {
         }
         let place = if path.exists() { path } else { dir };
         nix::unistd::access(place, AccessFlags::W_OK).map_err(|error| format!("{}: {error}", place.display()))
+    }
+
+    fn memory(&self) -> u64 {
+        self.memory
     }
 
     fn device(&self, name: &str, kind: PortKind) -> Result<(), String> {

@@ -20,7 +20,6 @@ const FDB_SIZE: usize = 65_536;
 const FDB_AGE: Duration = Duration::from_secs(300);
 const QUEUE_PAIRS: u16 = 1;
 const LEARN_LIMIT: u32 = 4_096;
-const MAX_MEMORY: u64 = 1 << 40;
 
 /// Validates a whole document. `None` when something essential was wrong; with a lesser problem noted, a value that the
 /// caller throws away, made so that what depends on it could still be checked.
@@ -203,7 +202,9 @@ impl PortReader<'_, '_> {
                 .into_iter()
                 .map(|name| name.into_inner().0)
                 .collect(),
-            max_memory: keys.max_memory.map_or(MAX_MEMORY, |memory| memory.into_inner().0),
+            max_memory: keys
+                .max_memory
+                .map_or_else(|| self.surroundings.memory(), |memory| memory.into_inner().0),
         })
     }
 

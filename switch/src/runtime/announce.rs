@@ -36,7 +36,8 @@ impl Release for Nobody {
     fn dropped(&mut self, _: FrameSet, _: DropReason) {}
 }
 
-/// Floods a RARP of `mac` as if it came in on `port`.
+/// Floods a RARP of `mac` as if it came in on `port`. No guest sent it, so each one that goes out counts as a copy, of which
+/// the port's first queue keeps account.
 pub(super) fn announce(plan: &Plan, port: u16, mac: [u8; 6], clock: Clock) {
     let frame = rarp(mac);
     let mut buffer = BurstBuffer::default();
@@ -49,7 +50,12 @@ pub(super) fn announce(plan: &Plan, port: u16, mac: [u8; 6], clock: Clock) {
     let mut nobody = Nobody;
     let mut burst = Burst::new(&mut nobody, &buffer, 1);
     let (mut outputs, mut ingress) = (Outputs::default(), IngressState::default());
-    plan.bridge.classify(port, &mut burst, clock, &mut ingress, &mut outputs);
+    let done = plan.bridge.classify(port, &mut burst, clock, &mut ingress, &mut outputs);
+    if let Some(slot) = plan.port(port).and_then(|p| p.rx.first()) {
+        // Counters have one writer at a time: whoever holds the queue's claim.
+        let _claim = slot.state.take();
+        slot.counters.replicas.add(u64::from(done.replicas));
+    }
     for (to, set, edit) in outputs.drain() {
         worker::send(plan, to, &burst, set, edit, &mut Scratch::default());
     }

@@ -120,8 +120,7 @@ fn open_session(
     side: &Side,
     port: &Arc<VhostPort>,
 ) -> Result<SessionHandle, SocketError> {
-    let withheld = Feature::ALL.iter().filter(|f| config.disable.contains(**f));
-    let offered = withheld.fold(OFFERED, |offered, f| offered & !f.virtio_bits());
+    let offered = OFFERED & !config.disable.virtio_bits();
     let device = VhostDevice::new(port.clone(), offered, config.mtu);
     let mode = match *side {
         Side::Server { mode, group } => Mode::Server { mode, group },

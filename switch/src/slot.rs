@@ -204,6 +204,17 @@ impl PortShared {
         change(&mut self.info.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Shows that the port stopped, unless it was started anew since it broke: whoever starts it clears the mark first, and then
+    /// sets the state. False if it was.
+    pub(crate) fn set_stopped(&self, reason: &str) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let broken = self.broken.load(Ordering::Acquire);
+        if broken {
+            *state = PortState::Stopped(reason.to_owned());
+        }
+        broken
+    }
+
     pub(crate) fn set_state(&self, state: PortState) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }

@@ -11,7 +11,7 @@ mod doctor;
 mod files;
 mod front_end;
 mod node;
-#[allow(dead_code)] // the session tests of `vhost-user` need the rest
+#[allow(dead_code, clippy::expect_used)] // the session tests of `vhost-user` need the rest
 #[path = "../../vhost-user/tests/session/raw.rs"]
 mod raw;
 mod vm;

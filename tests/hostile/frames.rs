@@ -10,7 +10,14 @@ use crate::guest::*;
 use crate::world::World;
 
 /// A virtio-net header: flags, segmentation type, its three lengths and offsets.
-fn header(flags: u8, gso: u8, hdr_len: u16, gso_size: u16, csum_start: u16, csum_offset: u16) -> [u8; 12] {
+pub(crate) fn header(
+    flags: u8,
+    gso: u8,
+    hdr_len: u16,
+    gso_size: u16,
+    csum_start: u16,
+    csum_offset: u16,
+) -> [u8; 12] {
     let mut header = [0; 12];
     (header[0], header[1]) = (flags, gso);
     for (at, value) in [(2, hdr_len), (4, gso_size), (6, csum_start), (8, csum_offset)] {
@@ -19,8 +26,8 @@ fn header(flags: u8, gso: u8, hdr_len: u16, gso_size: u16, csum_start: u16, csum
     header
 }
 
-const NEEDS_CSUM: u8 = 1;
-const TCPV4: u8 = 1;
+pub(crate) const NEEDS_CSUM: u8 = 1;
+pub(crate) const TCPV4: u8 = 1;
 
 fn offer(guest: &mut Guest, header: [u8; 12], frame: &[u8]) {
     let bytes = [&header[..], frame].concat();
@@ -31,7 +38,7 @@ fn offer(guest: &mut Guest, header: [u8; 12], frame: &[u8]) {
 }
 
 /// An IPv4 TCP frame with `payload` bytes of data.
-fn tcp(payload: usize) -> Vec<u8> {
+pub(crate) fn tcp(payload: usize) -> Vec<u8> {
     let mut f = frame(14 + 20 + 20 + payload);
     f[12..14].copy_from_slice(&[8, 0]);
     let total = (40 + payload).min(0xffff) as u16;

@@ -153,6 +153,8 @@ struct Ring {
     wrap: bool,
     /// Split: avail index.
     offered: u16,
+    /// Packed: where the last chain began, and its wrap counter.
+    last: (u16, bool),
     kick: EventFd,
     _call: EventFd,
 }
@@ -205,7 +207,8 @@ impl Guest {
         self.raw.must(M::SET_VRING_BASE, &words(&[q, base]), &[]);
         self.raw.must(M::SET_VRING_ADDR, &Self::addresses(q), &[]);
         self.raw.must(M::SET_VRING_CALL, &wide(&[q.into()]), &[call.as_fd()]);
-        self.rings[q as usize] = Some(Ring { size, at: 0, wrap: true, offered: 0, kick, _call: call });
+        self.rings[q as usize] =
+            Some(Ring { size, at: 0, wrap: true, offered: 0, last: (0, true), kick, _call: call });
     }
 
     /// SET_VRING_ADDR of ring `q`.
@@ -253,6 +256,7 @@ impl Guest {
             return;
         }
         let (first, first_wrap) = (ring.at, ring.wrap);
+        ring.last = (first, first_wrap);
         let id = ring.at;
         for (i, desc) in chain.iter().enumerate() {
             let at = base + u64::from(ring.at) * 16;
@@ -305,6 +309,25 @@ impl Guest {
         let size = self.rings[q as usize].as_ref().unwrap().size;
         let flags = |i: u16| self.memory.get16(base + u64::from(i) * 16 + 14);
         (0..size).filter(|i| flags(*i) & (1 << 15 | 1 << 7) == 1 << 15 | 1 << 7).count() as u16
+    }
+
+    /// Waits until the device has used the last chain that was offered, however often the ring went round.
+    #[track_caller]
+    pub(crate) fn wait_taken(&self, q: u32, what: &str) {
+        let base = u64::from(q) * RING;
+        let ring = self.rings[q as usize].as_ref().unwrap();
+        let taken = || {
+            if !self.packed {
+                return self.memory.get16(base + USED + 2) == ring.offered;
+            }
+            let flags = self.memory.get16(base + u64::from(ring.last.0) * 16 + 14);
+            flags & (1 << 15 | 1 << 7) == if ring.last.1 { 1 << 15 | 1 << 7 } else { 0 }
+        };
+        let start = Instant::now();
+        while !taken() {
+            assert!(start.elapsed() < Duration::from_secs(5), "not used: {what}");
+            std::hint::spin_loop();
+        }
     }
 
     /// Waits until the device has used `count` chains.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::counters::{RxCounters, TxCounters};
 use crate::device_port::{DevicePort, DeviceRx};
 use crate::plan::Plan;
-use crate::slot::PortShared;
+use crate::slot::{PortShared, PortState};
 use crate::vhost_port::{RingView, RxSlot, VhostPort};
 
 /// What is behind a port.
@@ -38,11 +38,17 @@ impl Attached {
         self.shared().number
     }
 
-    /// Stops whatever still runs. Workers have let go when it returns.
-    pub(super) fn halt(&self) {
+    /// Stops whatever still runs of a port that broke, and shows why. Workers have let go when it returns. False if its guest
+    /// began anew meanwhile, and nothing is to be stopped.
+    pub(super) fn stop(&self, reason: &str) -> bool {
         match self {
-            Attached::Guest(port) => port.halt(),
-            Attached::Device(port) => port.halt(),
+            Attached::Guest(port) => port.halt_broken() && port.shared.set_stopped(reason),
+            // Opened by nobody but who stops it.
+            Attached::Device(port) => {
+                port.shared.set_state(PortState::Stopped(reason.to_owned()));
+                port.halt();
+                true
+            }
         }
     }
 

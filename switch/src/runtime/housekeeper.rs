@@ -227,9 +227,9 @@ impl Housekeeper {
 
     fn stop_port(&mut self, number: u16, text: &str) {
         let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
-        tracing::warn!("port {} stopped: {text}", port.config.name);
-        port.port.shared().set_state(PortState::Stopped(text.to_owned()));
-        port.port.halt();
+        if port.port.stop(text) {
+            tracing::warn!("port {} stopped: {text}", port.config.name);
+        }
         self.republish();
     }
 
@@ -240,14 +240,7 @@ impl Housekeeper {
             self.rebalanced = Instant::now();
             self.rebalance();
         }
-        // A guest that cuts off its memory file while no frame flies.
-        let gone = |p: &&RunningPort| {
-            p.port.memory_gone() && !matches!(p.port.shared().state(), PortState::Stopped(_))
-        };
-        let cut_off: Vec<u16> = self.ports.iter().filter(gone).map(|p| p.port.number()).collect();
-        for number in cut_off {
-            self.stop_port(number, &RingError::MemoryGone.to_string());
-        }
+        self.find_broken();
         self.look_at_cards();
         self.reopen_devices();
         let forgotten = self.shared.change_captures(|captures| {
@@ -262,6 +255,28 @@ impl Housekeeper {
         let active: usize = self.ports.iter().map(|p| p.port.polled().len()).sum();
         if active != self.places.len() {
             self.republish();
+        }
+    }
+
+    /// Finds what no worker told of: a guest that cut off its memory file while no frame flies, and rings that broke when more
+    /// happened than the channel has room for.
+    fn find_broken(&mut self) {
+        let mut found = Vec::new();
+        for running in &self.ports {
+            let shared = running.port.shared();
+            if matches!(shared.state(), PortState::Stopped(_)) || matches!(running.port, Attached::Device(_))
+            {
+                continue;
+            }
+            if running.port.memory_gone() {
+                shared.broken.store(true, Ordering::Release);
+                found.push((shared.number, RingError::MemoryGone.to_string()));
+            } else if shared.broken.load(Ordering::Acquire) {
+                found.push((shared.number, "a ring broke".to_owned()));
+            }
+        }
+        for (number, reason) in found {
+            self.stop_port(number, &reason);
         }
     }
 

@@ -126,6 +126,30 @@ impl VhostPort {
         self.views.all_stopped();
     }
 
+    /// Stops every ring of a port that broke. False if its front end has begun anew since, which clears the port's mark before it
+    /// puts a ring in place: what runs then is left alone.
+    pub(crate) fn halt_broken(&self) -> bool {
+        let broken = || self.shared.broken.load(Ordering::Acquire);
+        for slot in &self.rx {
+            let mut state = slot.state.take();
+            if !broken() {
+                return false;
+            }
+            state.ring = None;
+            slot.live.store(false, Ordering::Release);
+        }
+        for slot in &self.tx {
+            let mut ring = slot.ring.take();
+            if !broken() {
+                return false;
+            }
+            *ring = None;
+        }
+        self.shared.active.store(0, Ordering::Release);
+        self.views.all_stopped();
+        true
+    }
+
     /// The rings that run, by index.
     pub(crate) fn rings(&self) -> Vec<RingView> {
         self.views.list()

@@ -17,8 +17,8 @@ use benches::machine::Machine;
 use benches::report::{self, Report};
 use benches::trial::Rig;
 use benches::virtio_user::{self, PortOptions, Ring};
+use control::client;
 use switch::config::{Config, ConfigErrors, ThisMachine};
-use switch::control::client;
 use switch::control::report::StatsReport;
 
 use crate::output;
@@ -194,7 +194,9 @@ impl Subject {
 
     /// The work of the switch's data threads, if it is ours.
     fn work(&self) -> Option<Work> {
-        let stats = client::get::<StatsReport>(self.run_dir.as_deref()?, "/v1/stats").ok()?.value;
+        let stats = client::get::<StatsReport>(&switch::control::door(self.run_dir.as_deref()?), "/v1/stats")
+            .ok()?
+            .value;
         let sum = |of: fn(&switch::control::report::WorkerStats) -> u64| stats.workers.iter().map(of).sum();
         Some(Work { busy_cycles: sum(|w| w.busy_cycles), frames: sum(|w| w.frames) })
     }

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use control::client;
 use host::doctor::Needs;
 use host::pci::{self, Bdf, bind};
 use host::topology::{self, HugePool};
@@ -16,7 +17,7 @@ use settings::{
     ConfigErrors, DeTable, DeValue, Problems, Spanned, keys, nested, plain, suggestion, text, words,
 };
 use switch::config::ThisMachine;
-use switch::control::{client, report::PortsReport};
+use switch::control::report::PortsReport;
 use vmm::preflight::Preflight;
 
 use super::planned::Planned;
@@ -189,7 +190,8 @@ impl Node {
     /// Everything that is wrong.
     pub(super) fn load(file: &Path, run_dir: &Path, found: Option<&State>) -> Result<Self, ConfigErrors> {
         let text = settings::read_file(file)?;
-        let ports = found.and_then(|_| client::get::<PortsReport>(run_dir, "/v1/ports").ok());
+        let ports =
+            found.and_then(|_| client::get::<PortsReport>(&switch::control::door(run_dir), "/v1/ports").ok());
         let ours = ports.iter().flat_map(|answer| &answer.value.ports);
         let ours = ours.filter_map(|port| Some(port.socket.clone()?.into())).collect();
         let machine = ThisMachine::now().listening_on(ours);

@@ -81,7 +81,7 @@ struct Place {
 /// # Errors
 /// What went wrong on the way.
 pub(crate) fn up(args: &UpArgs) -> Result<ExitCode> {
-    let run_dir = match switch::control::run_dir_of_server(args.place.run_dir.as_deref()) {
+    let run_dir = match control::run_dir_of_server(args.place.run_dir.as_deref()) {
         Ok(run_dir) => run_dir,
         Err(error) => return Ok(refuse(error)),
     };
@@ -142,7 +142,7 @@ pub(crate) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
 /// # Errors
 /// Something could not be given back.
 pub(crate) fn down(args: &DownArgs) -> Result<ExitCode> {
-    ask::down(&switch::control::run_dir_of_client(args.place.run_dir.as_deref())?)
+    ask::down(&control::run_dir_of_client(args.place.run_dir.as_deref())?)
 }
 
 /// `cableway status`.
@@ -150,5 +150,5 @@ pub(crate) fn down(args: &DownArgs) -> Result<ExitCode> {
 /// # Errors
 /// The state cannot be read.
 pub(crate) fn status(args: &StatusArgs) -> Result<ExitCode> {
-    ask::status(&switch::control::run_dir_of_client(args.place.run_dir.as_deref())?, args.json)
+    ask::status(&control::run_dir_of_client(args.place.run_dir.as_deref())?, args.json)
 }

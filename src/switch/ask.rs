@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use control::client::{self, Answer, ClientError};
+use control::{RunDirError, run_dir_of_client};
 use serde::de::DeserializeOwned;
-use switch::control::client::{self, Answer, ClientError};
+use switch::control::door;
 use switch::control::report::{FdbReport, PortReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
-use switch::control::{RunDirError, run_dir_of_client};
 
 use super::Place;
 use super::capture::CaptureArgs;
@@ -78,7 +79,7 @@ pub(super) fn run(ask: Ask) -> Result<ExitCode> {
         Ask::Fdb(args) => {
             let mut path = "/v1/fdb?".to_owned();
             if let Some(port) = &args.port {
-                write!(path, "port={}&", encoded(port))?;
+                write!(path, "port={}&", control::encoded(port))?;
             }
             if let Some(vlan) = args.vlan {
                 write!(path, "vlan={vlan}&")?;
@@ -88,7 +89,7 @@ pub(super) fn run(ask: Ask) -> Result<ExitCode> {
         }
         Ask::Capture(args) => super::capture::run(&args)?,
         Ask::Reload(args) => {
-            let answer = client::post(&args.run_dir()?, "/v1/reload")?;
+            let answer = client::post(&door(&args.run_dir()?), "/v1/reload")?;
             print(&args, answer, reload)?;
         }
     }
@@ -103,7 +104,7 @@ impl AskArgs {
 
 /// Asks for `path` and prints what came.
 fn show<T: DeserializeOwned>(args: &AskArgs, path: &str, text: impl Fn(&T) -> String) -> Result<()> {
-    print(args, client::get(&args.run_dir()?, path)?, text)
+    print(args, client::get(&door(&args.run_dir()?), path)?, text)
 }
 
 fn print<T>(args: &AskArgs, answer: Answer<T>, text: impl Fn(&T) -> String) -> Result<()> {
@@ -117,9 +118,9 @@ fn print<T>(args: &AskArgs, answer: Answer<T>, text: impl Fn(&T) -> String) -> R
 
 fn stats(args: &StatsArgs) -> Result<()> {
     let run_dir = args.ask.run_dir()?;
-    let ask = || client::get::<StatsReport>(&run_dir, "/v1/stats");
+    let ask = || client::get::<StatsReport>(&door(&run_dir), "/v1/stats");
     let Some(interval) = args.watch else {
-        let info = client::get::<SwitchInfo>(&run_dir, "/v1/switch")?.value;
+        let info = client::get::<SwitchInfo>(&door(&run_dir), "/v1/switch")?.value;
         return print(&args.ask, ask()?, |report| stats::since_start(&info, report));
     };
     let mut before = ask()?;
@@ -214,12 +215,4 @@ fn reload(report: &ReloadReport) -> String {
     }
     let untouched = report.unchanged;
     text + &format!("{untouched} port{} untouched\n", if untouched == 1 { "" } else { "s" })
-}
-
-/// Text as a value in the query of a path.
-pub(super) fn encoded(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    text.bytes()
-        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
 }

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use switch::control::client::{self, ClientError};
+use control::client::{self, ClientError};
 use switch::control::report::CaptureReport;
 
 use super::Place;
-use super::ask::{encoded, seconds};
+use super::ask::seconds;
 use crate::output;
 
 /// How often frames are fetched: the switch keeps 4 MiB for us until then.
@@ -47,13 +47,13 @@ pub(super) struct CaptureArgs {
 /// # Errors
 /// There is no such switch or port, the filter is not understood, or the file cannot be written.
 pub(super) fn run(args: &CaptureArgs) -> Result<()> {
-    let run_dir = switch::control::run_dir_of_client(args.place.run_dir.as_deref())?;
+    let run_dir = control::run_dir_of_client(args.place.run_dir.as_deref())?;
     let stop = crate::interrupt::flag()?;
     let query = format!(
         "/v1/captures?port={}&longest={}&filter={}",
-        encoded(&args.port),
+        control::encoded(&args.port),
         args.snaplen,
-        encoded(&args.filter)
+        control::encoded(&args.filter)
     );
     let mut out: Box<dyn Write> = if args.write.as_os_str() == "-" {
         if io::stdout().is_terminal() {
@@ -64,7 +64,7 @@ pub(super) fn run(args: &CaptureArgs) -> Result<()> {
         // Not before the switch has agreed: a mistake must not empty a file.
         Box::new(io::sink())
     };
-    let begun = client::post::<CaptureReport>(&run_dir, &query)?.value;
+    let begun = client::post::<CaptureReport>(&switch::control::door(&run_dir), &query)?.value;
     let path = format!("/v1/captures/{}", begun.id);
     let written = (|| {
         if args.write.as_os_str() != "-" {
@@ -74,7 +74,7 @@ pub(super) fn run(args: &CaptureArgs) -> Result<()> {
         loop {
             let ending =
                 stop.load(Ordering::Relaxed) || args.seconds.is_some_and(|most| start.elapsed() >= most);
-            match client::get_bytes(&run_dir, &path) {
+            match client::get_bytes(&switch::control::door(&run_dir), &path) {
                 Ok(blocks) => out.write_all(&blocks)?,
                 Err(error) => break Ok(Some(error)),
             }
@@ -85,7 +85,7 @@ pub(super) fn run(args: &CaptureArgs) -> Result<()> {
             std::thread::sleep(FETCH);
         }
     })();
-    let ended = client::delete::<CaptureReport>(&run_dir, &path);
+    let ended = client::delete::<CaptureReport>(&switch::control::door(&run_dir), &path);
     match written {
         // Whoever read what we wrote has seen enough.
         Err(error) if io::Error::kind(&error) == io::ErrorKind::BrokenPipe => {}

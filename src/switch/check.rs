@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use control::client;
 use host::topology;
 use switch::config::{Behind, Config, PortConfig, Side, ThisMachine};
-use switch::control::{self, client, report::PortsReport};
+use switch::control::{door, report::PortsReport};
 use switch::sandbox::files::{FileAccess, Held};
 
 use super::Place;
@@ -23,7 +24,8 @@ pub(super) fn run(file: &Path, place: &Place) -> Result<ExitCode> {
         Err(error) => return Ok(refuse(error)),
     };
     // The sockets of a switch that runs there already are no obstacle: the file may be meant for its next reload.
-    let running = client::get::<PortsReport>(&run_dir, "/v1/ports").map(|answer| answer.value.ports).ok();
+    let running =
+        client::get::<PortsReport>(&door(&run_dir), "/v1/ports").map(|answer| answer.value.ports).ok();
     let ours = running.iter().flatten().filter_map(|port| Some(port.socket.clone()?.into())).collect();
     match Config::load(file, &run_dir, &ThisMachine::now().listening_on(ours)) {
         Ok(config) => {
@@ -68,7 +70,7 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
         output::grouped(switch.fdb_size as u64),
         switch.fdb_age.as_secs()
     )?;
-    writeln!(text, "  answer questions on {}", run_dir.join(control::CONTROL_SOCKET).display())?;
+    writeln!(text, "  answer questions on {}", door(run_dir).socket.display())?;
     writeln!(text, "  {}", files(config, run_dir)?)?;
     writeln!(text, "  serve {} port(s):\n", config.ports.len())?;
     let mut table =

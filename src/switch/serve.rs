@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use control::ControlSocket;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use switch::config::{Config, ThisMachine};
-use switch::control::{self, ControlSocket, SwitchState};
+use switch::control::{SwitchState, door, router};
 use switch::runtime::Switch;
 use switch::sandbox::files::{FileAccess, Held};
 
@@ -34,7 +35,7 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
         Err(error) => return Ok(refuse(error)),
     };
     // First of all the control socket: a second switch in one directory ends here, before it touches anything.
-    let control = match ControlSocket::bind(&run_dir) {
+    let control = match ControlSocket::bind(&door(&run_dir)) {
         Ok(control) => control,
         Err(error) => return Ok(refuse(error)),
     };
@@ -57,7 +58,7 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
     // The workers run on their cores; from here on, nothing else does. The control thread inherits core and confinement.
     let files = FileAccess::of(&config, &run_dir);
     let held = switch::runtime::become_housekeeping(&config, files.as_ref())?;
-    let server = control.serve(switch.clone())?;
+    let server = control.serve(router(switch.clone()), || {})?;
     let milliseconds = began.elapsed().as_millis();
     tracing::info!("{ports} ports in {}, ready in {milliseconds} ms", run_dir.display());
     match (held, &files) {

@@ -129,7 +129,7 @@ keys! {
 pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
     let config = match (&args.file, &args.vm) {
         (Some(file), Some(name)) => {
-            let run_dir = match switch::control::run_dir_of_client(args.run_dir.as_deref()) {
+            let run_dir = match control::run_dir_of_client(args.run_dir.as_deref()) {
                 Ok(run_dir) => run_dir,
                 Err(error) => return Ok(crate::output::refuse(error)),
             };

@@ -13,7 +13,9 @@ use settings::values::SocketName;
 use super::keys::PortKeys;
 use super::validate::{PortReader, value_or};
 use super::values::{Device, FeatureName};
-use super::{Feature, PortKind, SOCKET_PATH_MAX, SocketSide};
+use control::SOCKET_PATH_MAX;
+
+use super::{Feature, PortKind, SocketSide};
 use crate::control::CONTROL_SOCKET;
 
 const SOCKET_MODE: u32 = 0o660;

@@ -25,9 +25,6 @@ pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Problems};
 pub use values::{Idle, PortKind, SocketSide};
 
-/// The longest path that the address of a UNIX socket holds (`sun_path`, less its terminating zero byte).
-pub const SOCKET_PATH_MAX: usize = 107;
-
 /// The longest Ethernet frame (without FCS) that is forwarded unless it is left for segmentation.
 pub const FRAME_MAX: u32 = 9_216;
 

@@ -1,27 +1,39 @@
 //! How a running switch is asked and told: HTTP and JSON on a UNIX socket in the run directory.
 //!
-//! Owns the run directory, the types of all answers, the server (one housekeeping thread) and the client. Knows the switch
-//! only as a [`SwitchState`]; never touches a worker.
+//! Owns the paths and the types of all answers; the socket itself is [`control`]'s. Knows the switch only as a [`SwitchState`];
+//! never touches a worker.
 
-pub mod client;
 mod features;
 pub mod report;
 mod routes;
-mod run_dir;
-mod server;
 #[cfg(test)]
 mod tests;
+
+use std::path::Path;
+
+use control::Door;
 
 use crate::capture::Filter;
 use report::{CaptureReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
 
 pub use features::feature_names;
-pub use routes::openapi;
-pub use run_dir::{RunDirError, run_dir_of_client, run_dir_of_server};
-pub use server::{ControlError, ControlServer, ControlSocket};
+pub use routes::{openapi, router};
 
 /// The control socket's name in the run directory.
 pub const CONTROL_SOCKET: &str = "switch.sock";
+
+/// Where the switch of a run directory is asked.
+pub fn door(run_dir: &Path) -> Door {
+    let dir = run_dir.display();
+    Door {
+        socket: run_dir.join(CONTROL_SOCKET),
+        what: "switch".to_owned(),
+        absent: format!(
+            "no switch is running in {dir}: start one with `cableway switch FILE`, or say where it runs with --run-dir"
+        ),
+        taken: "end it first, or give this one another --run-dir",
+    }
+}
 
 /// What the control socket can ask and tell. Every call is answered in bounded time, without waiting for a guest or a VMM.
 pub trait SwitchState: Send + Sync {

@@ -351,13 +351,6 @@ pub struct ReloadReport {
     pub switch_changed: bool,
 }
 
-/// Any answer that is not a success.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Failure {
-    /// What went wrong, and what to do about it; for a configuration, one problem a line.
-    pub error: String,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

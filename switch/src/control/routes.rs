@@ -8,12 +8,13 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use control::{Failure, failure, fallbacks};
 use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
 use super::SwitchState;
 use super::report::{
-    AddressStats, CaptureReport, DropCount, Failure, FdbEntry, FdbReport, PortReport, PortState, PortStats,
+    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
     PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState,
     WorkerStats,
 };
@@ -62,8 +63,8 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 }
 
 /// All paths.
-pub(super) fn router(answers: Answers) -> Router {
-    Router::new()
+pub fn router(answers: Arc<dyn SwitchState>) -> Router {
+    let paths = Router::new()
         .route("/v1/openapi.json", get(async || Json(openapi())))
         .route("/v1/switch", get(switch))
         .route("/v1/stats", get(stats))
@@ -72,19 +73,8 @@ pub(super) fn router(answers: Answers) -> Router {
         .route("/v1/fdb", get(fdb))
         .route("/v1/captures", post(capture))
         .route("/v1/captures/{id}", get(captured).delete(end_capture))
-        .route("/v1/reload", post(reload))
-        .fallback(async || {
-            failure(StatusCode::NOT_FOUND, "there is nothing at this path; see /v1/openapi.json")
-        })
-        .method_not_allowed_fallback(async || {
-            failure(StatusCode::METHOD_NOT_ALLOWED, "this path has another method; see /v1/openapi.json")
-        })
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .with_state(answers)
-}
-
-fn failure(status: StatusCode, error: impl Into<String>) -> Response {
-    (status, Json(Failure { error: error.into() })).into_response()
+        .route("/v1/reload", post(reload));
+    fallbacks(paths).layer(DefaultBodyLimit::max(BODY_MAX)).with_state(answers)
 }
 
 /// Which switch this is.

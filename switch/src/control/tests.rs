@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::{self, ClientError};
+use control::client::{self, ClientError};
+use control::{ControlServer, ControlSocket, run_dir_of_server};
+
 use super::report::*;
 use super::*;
 
@@ -101,7 +103,8 @@ impl SwitchState for Still {
 
 fn served() -> (TempDir, ControlServer) {
     let dir = tempfile::tempdir().unwrap();
-    let server = ControlSocket::bind(dir.path()).unwrap().serve(Arc::new(Still)).unwrap();
+    let server =
+        ControlSocket::bind(&door(dir.path())).unwrap().serve(router(Arc::new(Still)), || {}).unwrap();
     (dir, server)
 }
 
@@ -118,26 +121,34 @@ fn raw(dir: &TempDir, request: &str) -> String {
 #[test]
 fn a_client_gets_what_the_switch_says() {
     let (dir, _server) = served();
-    assert_eq!(client::get::<SwitchInfo>(dir.path(), "/v1/switch").unwrap().value, Still.info());
-    assert_eq!(client::get::<StatsReport>(dir.path(), "/v1/stats").unwrap().value, Still.stats());
-    assert_eq!(client::get::<PortsReport>(dir.path(), "/v1/ports").unwrap().value, Still.ports());
-    assert_eq!(client::get::<PortReport>(dir.path(), "/v1/ports/b").unwrap().value, Still.ports().ports[1]);
-    let fdb = client::get::<FdbReport>(dir.path(), "/v1/fdb?vlan=20").unwrap().value;
+    assert_eq!(client::get::<SwitchInfo>(&door(dir.path()), "/v1/switch").unwrap().value, Still.info());
+    assert_eq!(client::get::<StatsReport>(&door(dir.path()), "/v1/stats").unwrap().value, Still.stats());
+    assert_eq!(client::get::<PortsReport>(&door(dir.path()), "/v1/ports").unwrap().value, Still.ports());
+    assert_eq!(
+        client::get::<PortReport>(&door(dir.path()), "/v1/ports/b").unwrap().value,
+        Still.ports().ports[1]
+    );
+    let fdb = client::get::<FdbReport>(&door(dir.path()), "/v1/fdb?vlan=20").unwrap().value;
     assert_eq!((fdb.used, fdb.entries.len(), fdb.entries[0].port.as_str()), (2, 1, "b"));
 }
 
 #[test]
 fn a_capture_is_begun_fetched_and_ended() {
     let (dir, _server) = served();
-    let begun = client::post::<CaptureReport>(dir.path(), "/v1/captures?port=a&filter=tcp%20and%20port%2080")
-        .unwrap()
-        .value;
+    let begun =
+        client::post::<CaptureReport>(&door(dir.path()), "/v1/captures?port=a&filter=tcp%20and%20port%2080")
+            .unwrap()
+            .value;
     assert_eq!((begun.id, begun.port.as_str()), (7, "a"));
-    assert_eq!(&client::get_bytes(dir.path(), "/v1/captures/7").unwrap()[..], [0x0a, 0xff]);
-    assert_eq!(client::delete::<CaptureReport>(dir.path(), "/v1/captures/7").unwrap().value.captured, 2);
-    let gone = client::get_bytes(dir.path(), "/v1/captures/8").unwrap_err().to_string();
+    assert_eq!(&client::get_bytes(&door(dir.path()), "/v1/captures/7").unwrap()[..], [0x0a, 0xff]);
+    assert_eq!(
+        client::delete::<CaptureReport>(&door(dir.path()), "/v1/captures/7").unwrap().value.captured,
+        2
+    );
+    let gone = client::get_bytes(&door(dir.path()), "/v1/captures/8").unwrap_err().to_string();
     assert!(gone.starts_with("there is no capture 8"), "{gone}");
-    let wrong = client::post::<CaptureReport>(dir.path(), "/v1/captures?port=a&filter=tpc").map(|_| ());
+    let wrong =
+        client::post::<CaptureReport>(&door(dir.path()), "/v1/captures?port=a&filter=tpc").map(|_| ());
     assert!(wrong.unwrap_err().to_string().contains("\"tpc\" is unknown"));
 }
 
@@ -148,24 +159,28 @@ fn a_refusal_says_why() {
         Err(ClientError::Refused(why)) => why,
         other => panic!("{other:?}"),
     };
-    let unknown = client::get::<PortReport>(dir.path(), "/v1/ports/nobody").map(drop);
+    let unknown = client::get::<PortReport>(&door(dir.path()), "/v1/ports/nobody").map(drop);
     assert!(refused(unknown).contains("there is no port \"nobody\""));
     assert_eq!(
-        refused(client::post::<ReloadReport>(dir.path(), "/v1/reload").map(drop)),
+        refused(client::post::<ReloadReport>(&door(dir.path()), "/v1/reload").map(drop)),
         "x.toml:1:1: wrong"
     );
-    assert!(refused(client::get::<Value>(dir.path(), "/v2/stats").map(drop)).contains("/v1/openapi.json"));
-    assert!(refused(client::post::<Value>(dir.path(), "/v1/stats").map(drop)).contains("another method"));
+    assert!(
+        refused(client::get::<Value>(&door(dir.path()), "/v2/stats").map(drop)).contains("/v1/openapi.json")
+    );
+    assert!(
+        refused(client::post::<Value>(&door(dir.path()), "/v1/stats").map(drop)).contains("another method")
+    );
 }
 
 #[test]
 fn every_answer_has_exactly_the_fields_that_the_description_names() {
     let (dir, _server) = served();
-    let description = client::get::<Value>(dir.path(), "/v1/openapi.json").unwrap().value;
+    let description = client::get::<Value>(&door(dir.path()), "/v1/openapi.json").unwrap().value;
     for (path, schema) in
         [("switch", "SwitchInfo"), ("stats", "StatsReport"), ("ports", "PortsReport"), ("fdb", "FdbReport")]
     {
-        let answer = client::get::<Value>(dir.path(), &format!("/v1/{path}")).unwrap().value;
+        let answer = client::get::<Value>(&door(dir.path()), &format!("/v1/{path}")).unwrap().value;
         assert!(description["paths"][format!("/v1/{path}")]["get"].is_object(), "{path}");
         let schema = &description["components"]["schemas"][schema];
         check(&description, schema, &answer, path);
@@ -216,7 +231,7 @@ fn clients_that_send_half_a_request_or_read_nothing_delay_nobody() {
         })
         .collect();
     let start = Instant::now();
-    client::get::<StatsReport>(dir.path(), "/v1/stats").unwrap();
+    client::get::<StatsReport>(&door(dir.path()), "/v1/stats").unwrap();
     assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     drop(halves);
 }
@@ -233,7 +248,7 @@ fn more_connections_than_there_are_slots_for_are_closed_and_served_again_later()
     assert_eq!(held.iter().filter(|stream| refused(stream)).count(), 8);
     drop(held);
     let end = Instant::now() + Duration::from_secs(2);
-    while client::get::<SwitchInfo>(dir.path(), "/v1/switch").is_err() {
+    while client::get::<SwitchInfo>(&door(dir.path()), "/v1/switch").is_err() {
         assert!(Instant::now() < end, "not served again");
     }
 }
@@ -282,15 +297,15 @@ fn only_owner_and_group_may_ask_and_nothing_is_left_behind() {
 #[test]
 fn a_second_switch_is_told_who_runs_and_a_dead_ones_socket_is_replaced() {
     let (dir, server) = served();
-    let second = ControlSocket::bind(dir.path()).map(drop).unwrap_err().to_string();
+    let second = ControlSocket::bind(&door(dir.path())).map(drop).unwrap_err().to_string();
     assert!(second.contains(&format!("already running (pid {})", std::process::id())), "{second}");
-    assert!(client::get::<SwitchInfo>(dir.path(), "/v1/switch").is_ok());
+    assert!(client::get::<SwitchInfo>(&door(dir.path()), "/v1/switch").is_ok());
     drop(server);
     let socket = dir.path().join(CONTROL_SOCKET);
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    drop(ControlSocket::bind(dir.path()).unwrap());
+    drop(ControlSocket::bind(&door(dir.path())).unwrap());
     std::fs::write(&socket, "notes").unwrap();
-    let file = ControlSocket::bind(dir.path()).map(drop).unwrap_err().to_string();
+    let file = ControlSocket::bind(&door(dir.path())).map(drop).unwrap_err().to_string();
     assert!(file.contains("is not a socket"), "{file}");
     assert_eq!(std::fs::read(&socket).unwrap(), b"notes");
 }
@@ -298,7 +313,7 @@ fn a_second_switch_is_told_who_runs_and_a_dead_ones_socket_is_replaced() {
 #[test]
 fn nobody_there_is_said_plainly() {
     let dir = tempfile::tempdir().unwrap();
-    let error = client::get::<SwitchInfo>(dir.path(), "/v1/switch").map(drop).unwrap_err();
+    let error = client::get::<SwitchInfo>(&door(dir.path()), "/v1/switch").map(drop).unwrap_err();
     assert!(error.to_string().contains("no switch is running in"), "{error}");
 }
 

@@ -1,4 +1,4 @@
-//! The server of the control socket: one thread, a bounded number of connections, each bounded in time and size.
+//! The server of a control socket: one thread, a bounded number of connections, each bounded in time and size.
 //!
 //! A client that sends half a request, or does not read its answer, costs its own connection and delays nobody.
 
@@ -18,8 +18,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::stat::{Mode, fchmod};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::routes::router;
-use super::{CONTROL_SOCKET, SwitchState};
+use crate::Door;
 
 /// Connections at a time; further ones are closed at once.
 const CONNECTIONS: usize = 32;
@@ -28,16 +27,20 @@ const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// Longest life of a connection, its answers read or not.
 const CONNECTION_TIME: Duration = Duration::from_secs(30);
 /// Largest head of a request, in bytes.
-const REQUEST_MAX: usize = 16_384;
+pub const HEAD_MAX: usize = 16_384;
 /// Who may ask: owner and group.
 const SOCKET_MODE: u32 = 0o660;
 
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Another switch serves this run directory.
-    #[error("a switch is already running{} in {}: end it first, or give this one another --run-dir", pid_text(*pid), run_dir.display())]
+    /// Another process serves it.
+    #[error("a {what} is already running{} in {}: {taken}", pid_text(*pid), run_dir.display())]
     AlreadyRunning {
+        /// What it is.
+        what: String,
+        /// What to do.
+        taken: &'static str,
         /// Its process, if the kernel tells.
         pid: Option<i32>,
         /// The run directory.
@@ -69,13 +72,12 @@ pub struct ControlSocket {
 }
 
 impl ControlSocket {
-    /// Takes the run directory for this process; a socket that nobody answers is replaced. Connections wait until it is
-    /// served.
+    /// Takes the door for this process; a socket that nobody answers is replaced. Connections wait until it is served.
     ///
     /// # Errors
-    /// Another switch answers there, or the kernel refuses.
-    pub fn bind(run_dir: &Path) -> Result<Self, ControlError> {
-        let path = run_dir.join(CONTROL_SOCKET);
+    /// Another process answers there, or the kernel refuses.
+    pub fn bind(door: &Door) -> Result<Self, ControlError> {
+        let path = door.socket.clone();
         let failed = |doing| {
             let path = path.clone();
             move |source: io::Error| ControlError::System { path, doing, source }
@@ -87,13 +89,15 @@ impl ControlSocket {
             match UnixStream::connect(&path) {
                 Ok(other) => {
                     let pid = getsockopt(&other, PeerCredentials).ok().map(|peer| peer.pid());
-                    return Err(ControlError::AlreadyRunning { pid, run_dir: run_dir.to_owned() });
+                    let run_dir = door.run_dir().to_owned();
+                    let what = door.what.clone();
+                    return Err(ControlError::AlreadyRunning { what, taken: door.taken, pid, run_dir });
                 }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     std::fs::remove_file(&path)
-                        .map_err(failed("removing the one of a switch that is gone"))?;
+                        .map_err(failed("removing the one of a process that is gone"))?;
                 }
-                Err(error) => return Err(failed("asking whether a switch is running")(error)),
+                Err(error) => return Err(failed("asking whether somebody is there")(error)),
             }
         }
         let listener = bind_private(&path).map_err(failed("listening"))?;
@@ -105,15 +109,18 @@ impl ControlSocket {
         Ok(Self { listener, file })
     }
 
-    /// Serves it from a thread of its own.
+    /// Serves it from a thread of its own, which does `first` before anything else.
     ///
     /// # Errors
     /// The kernel refuses a thread or what it needs.
-    pub fn serve(self, state: Arc<dyn SwitchState>) -> Result<ControlServer, ControlError> {
+    pub fn serve(
+        self,
+        router: axum::Router,
+        first: impl FnOnce() + Send + 'static,
+    ) -> Result<ControlServer, ControlError> {
         let Self { listener, file } = self;
         let path = file.path.clone();
         let failed = |source| ControlError::System { path, doing: "serving", source };
-        let router = router(state);
         let (stop, stopped) = oneshot::channel();
         let start = || {
             listener.set_nonblocking(true)?;
@@ -122,7 +129,10 @@ impl ControlSocket {
                 let _inside = runtime.enter();
                 tokio::net::UnixListener::from_std(listener)?
             };
-            let serve = move || runtime.block_on(accept(listener, router, stopped));
+            let serve = move || {
+                first();
+                runtime.block_on(accept(listener, router, stopped));
+            };
             std::thread::Builder::new().name("control".into()).spawn(serve)
         };
         let thread = start().map_err(failed)?;
@@ -182,7 +192,7 @@ async fn accept(
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(REQUEST_TIME)
-            .max_buf_size(REQUEST_MAX)
+            .max_buf_size(HEAD_MAX)
             .serve_connection(TokioIo::new(stream), service);
         tokio::spawn(async move {
             // A client that misbehaves or vanishes is its own problem: there is nobody to tell.

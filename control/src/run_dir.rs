@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::{AccessFlags, access, geteuid};
 
-use super::CONTROL_SOCKET;
-use crate::config::SOCKET_PATH_MAX;
+use crate::SOCKET_PATH_MAX;
+
+/// The shortest name of a control socket: where it does not fit, none does.
+const SHORTEST: &str = "switch.sock";
 
 /// Why there is no run directory to work in.
 #[derive(Debug, thiserror::Error)]
@@ -63,9 +65,7 @@ pub fn run_dir_of_server(given: Option<&Path>) -> Result<PathBuf, RunDirError> {
         Ok(_) if access(&path, AccessFlags::W_OK | AccessFlags::X_OK).is_err() => {
             Err(RunDirError::NotPermitted(path))
         }
-        Ok(_) if path.join(CONTROL_SOCKET).as_os_str().len() > SOCKET_PATH_MAX => {
-            Err(RunDirError::TooLong(path))
-        }
+        Ok(_) if path.join(SHORTEST).as_os_str().len() > SOCKET_PATH_MAX => Err(RunDirError::TooLong(path)),
         Ok(_) => Ok(path),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(RunDirError::NotPermitted(path)),
         Err(_) => Err(RunDirError::Missing(path)),

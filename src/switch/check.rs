@@ -137,6 +137,7 @@ fn behind(port: &PortConfig) -> String {
         Behind::Tap { device } => format!("be the tap {device}"),
         Behind::Nic { device, .. } => format!("drive the card {device}"),
         Behind::Packet { device } => format!("share the interface {device}"),
+        Behind::Xdp { device } => format!("take what arrives at the interface {device}"),
         Behind::Pcap(files) => {
             let path = |file: &PathBuf| file.display().to_string();
             let replay = files.replay.as_ref().map(|file| format!("replay {}", path(file)));

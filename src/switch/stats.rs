@@ -65,6 +65,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
     text += &format!("{table}\n\n");
     text += &drops(&report.ports);
     text += &addresses(&report.ports);
+    text += &devices(&report.ports);
     let totals = &report.totals;
     let (received, replicas) = (grouped(totals.received), grouped(totals.replicas));
     text + &format!(
@@ -106,6 +107,19 @@ fn addresses(ports: &[PortStats]) -> String {
             any = true;
             let [learnt, moved, limit, full] = sums.map(grouped);
             table.add_row([&port.name, &learnt, &moved, &limit, &full]);
+        }
+    }
+    if any { format!("{table}\n\n") } else { String::new() }
+}
+
+/// What devices count themselves, where they counted anything.
+fn devices(ports: &[PortStats]) -> String {
+    let mut table = output::table(&["counted by the device", "port", "counter"], &[0]);
+    let mut any = false;
+    for port in ports {
+        for counter in port.device.iter().filter(|counter| counter.count > 0) {
+            any = true;
+            table.add_row([&grouped(counter.count), &port.name, &counter.name]);
         }
     }
     if any { format!("{table}\n\n") } else { String::new() }

@@ -43,6 +43,8 @@ bitflags::bitflags! {
         const PACKET = 1 << 1;
         /// Network cards.
         const VFIO = 1 << 2;
+        /// XDP sockets.
+        const XDP = 1 << 3;
     }
 }
 
@@ -55,6 +57,7 @@ impl Devices {
         match kind {
             PortKind::Tap => Self::TUN,
             PortKind::Packet => Self::PACKET,
+            PortKind::Xdp => Self::XDP,
             PortKind::Nic => Self::VFIO,
             PortKind::VhostUser | PortKind::Pcap | PortKind::Null => Self::empty(),
         }
@@ -94,17 +97,22 @@ pub fn apply(kind: ThreadKind, devices: Devices) -> Result<(), SandboxError> {
 /// The filters for a kind of thread. Where several answer, the hardest answer holds, and among equals the last.
 fn programs(kind: ThreadKind, devices: Devices) -> Result<Vec<BpfProgram>, BackendError> {
     let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    // An XDP port loads a program for its interface, and its workers call the kernel without handing it anything.
+    let xdp = devices.contains(Devices::XDP);
+    let calls: &[c_long] = if xdp { &[libc::SYS_sendto, libc::SYS_recvfrom] } else { &[] };
+    let programs: &[c_long] = if xdp { &[libc::SYS_bpf] } else { &[] };
     match kind {
         ThreadKind::Worker => Ok(vec![
             // When glibc shrinks a thread's heap, it reads /proc/sys/vm/overcommit_memory, and can do without.
             all_but(&[libc::SYS_openat], refused)?,
-            only(kind, devices, &[BOTH, &[libc::SYS_openat]], SeccompAction::KillProcess)?,
+            only(kind, devices, &[BOTH, &[libc::SYS_openat], calls], SeccompAction::KillProcess)?,
         ]),
         ThreadKind::Housekeeping => Ok(vec![
             all_but(FATAL, SeccompAction::KillProcess)?,
+            all_but(if xdp { &[] } else { &[libc::SYS_bpf] }, SeccompAction::KillProcess)?,
             // Its flags lie in memory, where no filter sees them; the C library then takes clone, whose flags can be seen.
             all_but(&[libc::SYS_clone3], SeccompAction::Errno(libc::ENOSYS.unsigned_abs()))?,
-            only(kind, devices, &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3]], refused)?,
+            only(kind, devices, &[BOTH, HOUSEKEEPING, &[libc::SYS_clone3], programs], refused)?,
         ]),
     }
 }
@@ -148,10 +156,21 @@ fn rules_of(kind: ThreadKind, devices: Devices, call: c_long) -> Result<Vec<Secc
             vec![one(0, MaskedEq(thread.unsigned_abs().into()), thread.into())?]
         }
         // No network but UNIX sockets.
-        libc::SYS_socket if devices.contains(Devices::PACKET) => {
-            vec![one(0, Eq, libc::AF_UNIX.into())?, one(0, Eq, libc::AF_PACKET.into())?]
+        libc::SYS_socket => {
+            let packet = devices.intersects(Devices::PACKET | Devices::XDP).then_some(libc::AF_PACKET);
+            let xdp = devices.contains(Devices::XDP).then_some(libc::AF_XDP);
+            let families = [Some(libc::AF_UNIX), packet, xdp];
+            families.into_iter().flatten().map(|f| one(0, Eq, f.into())).collect::<Result<_, _>>()?
         }
-        libc::SYS_socket | libc::SYS_socketpair => vec![one(0, Eq, libc::AF_UNIX.into())?],
+        // Of nothing: it only makes the kernel look at the rings.
+        libc::SYS_sendto | libc::SYS_recvfrom if kind == ThreadKind::Worker => {
+            vec![SeccompRule::new(vec![SeccompCondition::new(2, SeccompCmpArgLen::Qword, Eq, 0)?])?]
+        }
+        // What loads and attaches an XDP program.
+        libc::SYS_bpf => {
+            pmd::kernel::xdp::COMMANDS.iter().map(|c| one(0, Eq, *c)).collect::<Result<_, _>>()?
+        }
+        libc::SYS_socketpair => vec![one(0, Eq, libc::AF_UNIX.into())?],
         libc::SYS_ioctl => {
             let requests = [libc::FIONBIO, libc::FIONREAD, libc::FIOCLEX, libc::TCGETS, libc::TIOCGWINSZ];
             // A tap is attached to, and told what it may leave undone.
@@ -159,13 +178,17 @@ fn rules_of(kind: ThreadKind, devices: Devices, call: c_long) -> Result<Vec<Secc
             let tun = tun.iter().filter(|_| devices.contains(Devices::TUN));
             // A packet socket finds its interface.
             let packet = [libc::SIOCGIFFLAGS, libc::SIOCGIFINDEX];
-            let packet = packet.iter().filter(|_| devices.contains(Devices::PACKET));
+            let packet = packet.iter().filter(|_| devices.intersects(Devices::PACKET | Devices::XDP));
+            // An XDP socket asks how long its frames can be, and how many queues there are.
+            let xdp = [libc::SIOCGIFMTU, libc::SIOCETHTOOL];
+            let xdp = xdp.iter().filter(|_| devices.contains(Devices::XDP));
             // A card is opened, reset, mapped and given back.
             let vfio = host::vfio::REQUESTS.iter().filter(|_| devices.contains(Devices::VFIO));
             requests
                 .iter()
                 .chain(tun)
                 .chain(packet)
+                .chain(xdp)
                 .chain(vfio)
                 .map(|&r| one(1, Eq, r.cast_signed()))
                 .collect::<Result<_, _>>()?
@@ -374,7 +397,6 @@ const FATAL: &[c_long] = &[
     libc::SYS_delete_module,
     libc::SYS_kexec_load,
     libc::SYS_kexec_file_load,
-    libc::SYS_bpf,
     libc::SYS_reboot,
     libc::SYS_iopl,
     libc::SYS_ioperm,

@@ -15,6 +15,7 @@ mod guest;
 mod kernel_guest;
 mod kernel_packet;
 mod kernel_tap;
+mod kernel_xdp;
 mod latency;
 mod limits;
 mod namespaces;

@@ -3,11 +3,13 @@
 //! Each module is one kind of device: it opens it, and implements [`port::Source`] and [`port::Sink`] over what the kernel
 //! gives. All descriptors are non-blocking. Nothing here judges a frame, counts one, or knows a switch.
 
+mod interface;
 mod message;
 pub mod null;
 pub mod packet;
 pub mod pcap;
 pub mod tap;
+pub mod xdp;
 
 use std::io;
 
@@ -27,6 +29,14 @@ pub enum OpenError {
     Down {
         /// The interface.
         name: String,
+    },
+    /// It is there, and not as this kind of port needs it.
+    #[error("interface {name}: {what}")]
+    Unfit {
+        /// The interface.
+        name: String,
+        /// What is wrong, and the way out.
+        what: String,
     },
     /// A file is not what it should be.
     #[error("{}: {what}", .file.display())]

@@ -41,6 +41,11 @@ pub enum Behind {
         /// The interface's name.
         device: String,
     },
+    /// XDP sockets on an interface.
+    Xdp {
+        /// The interface's name.
+        device: String,
+    },
     /// A network card.
     Nic {
         /// Its PCI address, as it is printed.
@@ -80,6 +85,7 @@ impl Behind {
             Behind::VhostUser { .. } => PortKind::VhostUser,
             Behind::Tap { .. } => PortKind::Tap,
             Behind::Packet { .. } => PortKind::Packet,
+            Behind::Xdp { .. } => PortKind::Xdp,
             Behind::Nic { .. } => PortKind::Nic,
             Behind::Pcap(_) => PortKind::Pcap,
             Behind::Null => PortKind::Null,
@@ -105,7 +111,10 @@ impl Behind {
     /// The network interface or card, if it has one.
     pub fn device(&self) -> Option<&str> {
         match self {
-            Behind::Tap { device } | Behind::Packet { device } | Behind::Nic { device, .. } => Some(device),
+            Behind::Tap { device }
+            | Behind::Packet { device }
+            | Behind::Xdp { device }
+            | Behind::Nic { device, .. } => Some(device),
             Behind::VhostUser { .. } | Behind::Pcap(_) | Behind::Null => None,
         }
     }
@@ -167,11 +176,11 @@ impl PortReader<'_, '_> {
                 let socket = keys.socket.take()?;
                 Behind::VhostUser { socket: self.socket(place, name, socket, socket_side), side }
             }
-            PortKind::Tap | PortKind::Packet | PortKind::Nic => {
+            PortKind::Tap | PortKind::Packet | PortKind::Xdp | PortKind::Nic => {
                 if keys.device.is_none() {
                     let example = match kind {
                         PortKind::Tap => "the interface, as in `device = \"tap0\"`",
-                        PortKind::Packet => "the interface, as in `device = \"eth1\"`",
+                        PortKind::Packet | PortKind::Xdp => "the interface, as in `device = \"eth1\"`",
                         _ => "the card, as in `device = \"0000:01:00.0\"` (`cableway nic list` shows them)",
                     };
                     keys.wrong.or_missing("device", at.clone(), example, self.problems);
@@ -200,6 +209,7 @@ impl PortReader<'_, '_> {
                         return None;
                     }
                     (PortKind::Tap, Err(_)) => Behind::Tap { device },
+                    (PortKind::Xdp, Err(_)) => Behind::Xdp { device },
                     (_, Err(_)) => Behind::Packet { device },
                 }
             }
@@ -210,7 +220,7 @@ impl PortReader<'_, '_> {
     }
 
     fn refuse_keys_of_others(&mut self, place: &str, kind: PortKind, keys: &PortKeys) {
-        use PortKind::{Nic, Packet, Pcap, Tap, VhostUser};
+        use PortKind::{Nic, Packet, Pcap, Tap, VhostUser, Xdp};
         fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
             key.as_ref().map(Spanned::span)
         }
@@ -221,9 +231,9 @@ impl PortReader<'_, '_> {
             ("socket_group", span(&keys.socket_group), &[VhostUser]),
             ("reconnect_ms", span(&keys.reconnect_ms), &[VhostUser]),
             ("max_memory", span(&keys.max_memory), &[VhostUser]),
-            ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap, Nic]),
+            ("queue_pairs", span(&keys.queue_pairs), &[VhostUser, Tap, Xdp, Nic]),
             ("disable", span(&keys.disable), &[VhostUser, Tap]),
-            ("device", span(&keys.device), &[Tap, Packet, Nic]),
+            ("device", span(&keys.device), &[Tap, Packet, Xdp, Nic]),
             ("vf_token", span(&keys.vf_token), &[Nic]),
             ("replay", span(&keys.replay), &[Pcap]),
             ("rate", span(&keys.rate), &[Pcap]),

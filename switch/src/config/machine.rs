@@ -274,6 +274,9 @@ impl Surroundings for ThisMachine {
                 format!("no packet socket on {name}: {error}; run the switch with CAP_NET_RAW")
             })?;
         }
+        if needed.contains(Devices::XDP) {
+            pmd::kernel::xdp::check().map_err(|why| format!("no XDP socket on {name}: {why}"))?;
+        }
         if needed.contains(Devices::VFIO) {
             let bdf: Bdf = name.parse().map_err(|error: NotABdf| error.to_string())?;
             host::vfio::check(Path::new("/"), bdf).map_err(|error| error.to_string())?;

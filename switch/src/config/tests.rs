@@ -292,6 +292,8 @@ fn each_kind_of_port_has_keys_of_its_own() {
     let with = |keys: &str| parse(&format!("[switch]\nworkers = [1]\n[[port]]\nname = 'a'\n{keys}\n"));
     let tap = with("kind = 'tap'\ndevice = 'tap0'\nqueue_pairs = 2\ndisable = ['tso6']").unwrap();
     assert_eq!(tap.ports[0].behind, Behind::Tap { device: "tap0".into() });
+    let xdp = with("kind = 'af_xdp'\ndevice = 'eth1'\nqueue_pairs = 2").unwrap();
+    assert_eq!(xdp.ports[0].behind, Behind::Xdp { device: "eth1".into() });
     assert_eq!(with("kind = 'null'").unwrap().ports[0].behind, Behind::Null);
     for (keys, wanted) in [
         ("kind = 'tap'", "test.toml:3:1: [[port]] needs `device`: the interface, as in `device = \"tap0\"`"),
@@ -301,7 +303,7 @@ fn each_kind_of_port_has_keys_of_its_own() {
         ),
         (
             "kind = 'vhost-user'\nsocket = 's'\ndevice = 'tap0'",
-            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"` or `kind = \"nic\"`, not with \"vhost-user\": take it out",
+            "test.toml:7:10: port `a`: `device` works only with `kind = \"tap\"` or `kind = \"af_packet\"` or `kind = \"af_xdp\"` or `kind = \"nic\"`, not with \"vhost-user\": take it out",
         ),
         (
             "kind = 'pcap'",
@@ -328,7 +330,7 @@ fn each_kind_of_port_has_keys_of_its_own() {
         ),
         (
             "kind = 'null'\nqueue_pairs = 2",
-            "with `kind = \"vhost-user\"` or `kind = \"tap\"` or `kind = \"nic\"`, not with \"null\"",
+            "with `kind = \"vhost-user\"` or `kind = \"tap\"` or `kind = \"af_xdp\"` or `kind = \"nic\"`, not with \"null\"",
         ),
         ("kind = 'tap'\ndevice = 'tap7'", "test.toml:6:10: port `a`: `device`: there are no taps here"),
         ("kind = 'tap'\ndevice = 'a/b'", "'/' is not possible in an interface's name"),

@@ -85,6 +85,8 @@ words! {
         Tap = "tap",
         /// Any Ethernet interface of this machine, by a packet socket.
         Packet = "af_packet",
+        /// Any Ethernet interface of this machine, by XDP sockets: faster, and of frames up to 3,840 bytes.
+        Xdp = "af_xdp",
         /// A network card that this machine's kernel gave to vfio-pci, driven by the switch itself.
         Nic = "nic",
         /// Files of frames: one that comes in, one that is written of what goes out.

@@ -83,6 +83,18 @@ pub struct PortStats {
     pub rx: Vec<RxStats>,
     /// To the guest, per queue that ever ran.
     pub tx: Vec<TxStats>,
+    /// What the device behind it counts itself since it was opened, by its own names (`af_xdp` only).
+    #[serde(default)]
+    pub device: Vec<DeviceCount>,
+}
+
+/// What a device counts itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DeviceCount {
+    /// As the device calls it.
+    pub name: String,
+    /// How many.
+    pub count: u64,
 }
 
 /// Frames from a guest's transmit queue. `received` = `switched` + `dropped`.
@@ -222,7 +234,7 @@ pub struct PortReport {
     pub socket: Option<String>,
     /// `server` or `client` (`vhost-user` only).
     pub mode: Option<String>,
-    /// The network interface (`tap` and `af_packet` only).
+    /// The network interface (`tap`, `af_packet` and `af_xdp`) or the card's address (`nic`).
     pub device: Option<String>,
     /// How far it has come.
     pub state: PortState,
@@ -376,7 +388,7 @@ mod tests {
             drops: drops(DropReason::ReceiverFull, 4),
             ..TxStats::default()
         };
-        let ports = [PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx] }];
+        let ports = [PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx], device: Vec::new() }];
         let totals = Totals::of(&ports);
         assert_eq!(totals.received + totals.replicas, totals.sent + totals.dropped);
         let by_reason: Vec<_> =

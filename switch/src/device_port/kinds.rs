@@ -7,6 +7,7 @@ use pmd::kernel::null::{NullSink, NullSource};
 use pmd::kernel::packet::{self, PacketSink, PacketSource};
 use pmd::kernel::pcap::{self, PcapSink, PcapSource};
 use pmd::kernel::tap::{self, TapOptions, TapSink, TapSource};
+use pmd::kernel::xdp::{self, OpenedXdp, XdpDevice, XdpSink, XdpSource};
 
 use super::card::{Card, CardError, Cards, OpenedCard};
 use super::card_queues::{CardReceive, CardSend};
@@ -17,6 +18,7 @@ use crate::runtime::OFFERED;
 pub(crate) enum Sources {
     Tap(TapSource),
     Packet(PacketSource),
+    Xdp(Box<XdpSource>),
     Pcap(PcapSource),
     Null(NullSource),
 }
@@ -25,6 +27,7 @@ pub(crate) enum Sources {
 pub(crate) enum Sinks {
     Tap(TapSink),
     Packet(PacketSink),
+    Xdp(XdpSink),
     Pcap(PcapSink),
     Null(NullSink),
     Card(Box<CardSend>),
@@ -63,6 +66,7 @@ macro_rules! each {
         match $device {
             $kinds::Tap($queue) => $act,
             $kinds::Packet($queue) => $act,
+            $kinds::Xdp($queue) => $act,
             $kinds::Pcap($queue) => $act,
             $kinds::Null($queue) => $act,
             $($kinds::$more(boxed) => { let $queue = &mut **boxed; $act })*
@@ -78,6 +82,8 @@ pub(crate) struct Opened {
     pub(crate) features: u64,
     /// What housekeeping does with it, if it is a card.
     pub(crate) card: Option<Card>,
+    /// The same, if it is an interface behind XDP sockets.
+    pub(crate) xdp: Option<XdpDevice>,
     /// The memory node that its worker should be on.
     pub(crate) node: Option<u32>,
 }
@@ -85,7 +91,7 @@ pub(crate) struct Opened {
 impl Opened {
     fn of(queues: impl IntoIterator<Item = (Sources, Sinks)>, features: u64) -> Self {
         let queues = queues.into_iter().map(|(source, sink)| (Inlet::Device(source), sink)).collect();
-        Self { queues, features, card: None, node: None }
+        Self { queues, features, card: None, xdp: None, node: None }
     }
 }
 
@@ -109,12 +115,17 @@ pub(crate) fn open(config: &PortConfig, create: bool, cards: &mut Cards) -> Resu
                 let receive = Inlet::Card(Box::new(CardReceive::new(receive)));
                 (receive, Sinks::Card(Box::new(CardSend::new(transmit))))
             });
-            Ok(Opened { queues: queues.collect(), features: 0, card: Some(card), node })
+            Ok(Opened { queues: queues.collect(), features: 0, card: Some(card), xdp: None, node })
         }
         Behind::Packet { device } => {
             let (source, sink) = packet::open(device)?;
             let features = sink.features();
             Ok(Opened::of([(Sources::Packet(source), Sinks::Packet(sink))], features))
+        }
+        Behind::Xdp { device } => {
+            let OpenedXdp { device, queues } = xdp::open(device, config.queue_pairs)?;
+            let queues = queues.into_iter().map(|(rx, tx)| (Sources::Xdp(Box::new(rx)), Sinks::Xdp(tx)));
+            Ok(Opened { xdp: Some(device), ..Opened::of(queues, 0) })
         }
         Behind::Pcap(files) => {
             let (source, sink) = pcap::open(files)?;

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pmd::kernel::OpenError;
+use pmd::kernel::xdp::XdpDevice;
 
 use card::Card;
 pub(crate) use card::Cards;
@@ -44,6 +45,8 @@ pub struct DevicePort {
     pub(crate) tx: Vec<Arc<DeviceTx>>,
     /// For housekeeping, while a card is open.
     card: Mutex<Option<Card>>,
+    /// For housekeeping, while XDP sockets are open.
+    xdp: Mutex<Option<XdpDevice>>,
 }
 
 impl DevicePort {
@@ -52,7 +55,7 @@ impl DevicePort {
         let shared = PortShared::new(number, name, events);
         let rx = (0..queues).map(|queue| DeviceRx::new(&shared, queue)).collect();
         let tx = (0..queues).map(|queue| DeviceTx::new(&shared, queue)).collect();
-        Arc::new(Self { shared, rx, tx, card: Mutex::default() })
+        Arc::new(Self { shared, rx, tx, card: Mutex::default(), xdp: Mutex::default() })
     }
 
     /// Opens the device and lets frames pass. `first`: an interface that is not there is made, if its kind can be.
@@ -65,7 +68,7 @@ impl DevicePort {
         first: bool,
         cards: &mut Cards,
     ) -> Result<(), DeviceError> {
-        let Opened { queues, features, card, node } = open(config, first, cards)?;
+        let Opened { queues, features, card, xdp, node } = open(config, first, cards)?;
         let refused = |source| OpenError::Refused {
             name: config.behind.device().unwrap_or_default().to_owned(),
             what: "watching it",
@@ -91,9 +94,17 @@ impl DevicePort {
         }
         shared.active.store(self.tx.len() as u16, Ordering::Release);
         shared.change_info(|info| info.features = features);
-        // A card is up when it has a link, which housekeeping looks for.
-        shared.set_state(if card.is_some() { PortState::Stopped(NO_LINK.to_owned()) } else { PortState::Up });
+        // Up when it has a link, where housekeeping looks for that.
+        let looked_at = card.is_some() || xdp.is_some();
+        shared.set_state(if looked_at { PortState::Stopped(NO_LINK.to_owned()) } else { PortState::Up });
         *self.card() = card;
+        if let Some(device) = &xdp {
+            let way = if device.zero_copy() { "zero copy" } else { "the kernel copies" };
+            tracing::info!("port {}: XDP sockets on {} queues, {way}", shared.name, self.rx.len());
+        }
+        *self.xdp() = xdp;
+        // Frames can pass at once, where the kernel knows of a link already.
+        let _ = self.look_at_card();
         shared.events.send(Event::RingsChanged);
         Ok(())
     }
@@ -115,23 +126,36 @@ impl DevicePort {
         }
         // The last that holds the card: it stops now, and its memory is free.
         *self.card() = None;
+        *self.xdp() = None;
     }
 
-    /// Whether a card is open, with a link or without.
+    /// Whether a card is open, or XDP sockets, with a link or without.
     pub(crate) fn has_card(&self) -> bool {
-        self.card().is_some()
+        self.card().is_some() || self.xdp().is_some()
     }
 
-    /// Looks at the card, if there is one open; shows and says whether its link changed.
+    /// Looks at the card, or the interface of XDP sockets, if there is one open; shows and says whether its link changed.
     ///
     /// # Errors
     /// It must be closed, and why.
     pub(crate) fn look_at_card(&self) -> Result<Option<bool>, String> {
-        let changed = self.card().as_mut().map_or(Ok(None), Card::look)?;
+        let changed = match &mut *self.xdp() {
+            Some(device) => device.look().map_err(|error| error.to_string())?,
+            None => self.card().as_mut().map_or(Ok(None), Card::look)?,
+        };
         if let Some(up) = changed {
             self.shared.set_state(if up { PortState::Up } else { PortState::Stopped(NO_LINK.to_owned()) });
         }
         Ok(changed)
+    }
+
+    /// What the device counts itself, by its own names.
+    pub(crate) fn device_counters(&self) -> Vec<(&'static str, u64)> {
+        self.xdp().as_ref().map(XdpDevice::counters).unwrap_or_default()
+    }
+
+    fn xdp(&self) -> MutexGuard<'_, Option<XdpDevice>> {
+        self.xdp.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn card(&self) -> MutexGuard<'_, Option<Card>> {

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::control::report::DeviceCount;
 use crate::counters::{RxCounters, TxCounters};
 use crate::device_port::{DevicePort, DeviceRx};
 use crate::plan::Plan;
@@ -79,6 +80,13 @@ impl Attached {
             Attached::Guest(port) => port.tx.iter().map(|slot| &slot.counters).collect(),
             Attached::Device(port) => port.tx.iter().map(|slot| &slot.counters).collect(),
         }
+    }
+
+    /// What its device counts itself.
+    pub(super) fn device_counts(&self) -> Vec<DeviceCount> {
+        let Attached::Device(port) = self else { return Vec::new() };
+        let counts = port.device_counters().into_iter();
+        counts.map(|(name, count)| DeviceCount { name: name.to_owned(), count }).collect()
     }
 
     /// A guest's rings that run.

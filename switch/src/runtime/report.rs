@@ -162,6 +162,7 @@ impl Switch {
             name: view.config.name.clone(),
             rx: rx.filter(|q| q.queue == 0 || q.worker.is_some() || q.received > 0).collect(),
             tx: tx.filter(|q| q.queue == 0 || q.offered > 0).collect(),
+            device: view.port.device_counts(),
         }
     }
 }

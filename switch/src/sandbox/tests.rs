@@ -95,6 +95,41 @@ fn only_a_switch_that_started_with_one_may_open_packet_sockets() {
 }
 
 #[test]
+fn only_a_switch_that_started_with_xdp_sockets_may_load_programs_and_only_by_four_commands() {
+    let name = "only_a_switch_that_started_with_xdp_sockets_may_load_programs_and_only_by_four_commands";
+    const MAP_CREATE: i64 = 0;
+    const PROG_GET_FD_BY_ID: i64 = 13;
+    for (role, devices, command, expected) in [
+        ("without", Devices::PACKET, MAP_CREATE, KILLED),
+        // The filter lets it pass; that there are no arguments is the kernel's word.
+        ("with", Devices::XDP, MAP_CREATE, said("EFAULT: Bad address")),
+        ("another command", Devices::XDP, PROG_GET_FD_BY_ID, said("EPERM: Operation not permitted")),
+    ] {
+        let end = confined_to(name, role, Housekeeping, devices, move || {
+            outcome(call(libc::SYS_bpf, command, 1, 16))
+        });
+        check(end, expected, role);
+    }
+}
+
+#[test]
+fn a_worker_with_xdp_sockets_may_call_the_kernel_about_them_and_send_nothing() {
+    let name = "a_worker_with_xdp_sockets_may_call_the_kernel_about_them_and_send_nothing";
+    for (role, devices, len, expected) in [
+        ("without", Devices::PACKET, 0, KILLED),
+        ("with", Devices::XDP, 0, said("ENOTSOCK: Socket operation on non-socket")),
+        ("with bytes", Devices::XDP, 1, KILLED),
+        ("with very many bytes", Devices::XDP, 1 << 32, KILLED),
+    ] {
+        let file = File::open("/dev/null").unwrap();
+        let end = confined_to(name, role, Worker, devices, move || {
+            outcome(call(libc::SYS_sendto, file.as_raw_fd().into(), 0, len))
+        });
+        check(end, expected, role);
+    }
+}
+
+#[test]
 fn only_a_switch_that_started_with_a_tap_may_attach_to_taps() {
     let name = "only_a_switch_that_started_with_a_tap_may_attach_to_taps";
     for (role, devices, expected) in [

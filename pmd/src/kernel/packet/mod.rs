@@ -6,7 +6,6 @@
 
 mod ring;
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -16,6 +15,7 @@ use port::{Frame, Offload, PutError, Segment, Sink, Source};
 use virtio::features;
 
 use super::OpenError;
+use super::interface::{self, Interface, check};
 use super::message::Message;
 use ring::Ring;
 
@@ -69,7 +69,7 @@ pub fn open(name: &str) -> Result<(PacketSource, PacketSink), OpenError> {
     check(socket).map_err(refused("opening a packet socket"))?;
     // SAFETY: just opened, and nobody else's.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-    let index = index_of(&socket, name)?;
+    let index = Interface::find(&socket, name)?.index;
     let fd = socket.as_fd();
     set_option(fd, libc::PACKET_VERSION, &(libc::tpacket_versions::TPACKET_V3 as libc::c_int))
         .and_then(|()| set_option(fd, libc::PACKET_VNET_HDR, &1))
@@ -78,16 +78,9 @@ pub fn open(name: &str) -> Result<(PacketSource, PacketSink), OpenError> {
     // Past the queueing discipline: a switch port shapes nothing, and a full driver is told at once.
     set_option(fd, libc::PACKET_QDISC_BYPASS, &1).map_err(refused("setting up its packet socket"))?;
     let ring = Ring::new(fd).map_err(refused("mapping its receive ring"))?;
-    send_buffer(fd);
+    interface::send_buffer(fd, SEND_BUFFER);
     bind(fd, index).map_err(refused("binding a socket to it"))?;
-    // Frames to anybody: they are for those behind the switch.
-    let membership = libc::packet_mreq {
-        mr_ifindex: index,
-        mr_type: libc::PACKET_MR_PROMISC as libc::c_ushort,
-        mr_alen: 0,
-        mr_address: [0; 8],
-    };
-    set_option(fd, libc::PACKET_ADD_MEMBERSHIP, &membership).map_err(refused("making it promiscuous"))?;
+    interface::promiscuous(fd, index).map_err(refused("making it promiscuous"))?;
     let socket = Arc::new(socket);
     let ask = tsc_hz() / 1000 * ASK_MILLISECONDS;
     let source = PacketSource { ring, socket: socket.clone(), limit: 0, asks_at: 0, ask };
@@ -104,33 +97,6 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// The index of an interface that is up.
-fn index_of(socket: &OwnedFd, name: &str) -> Result<libc::c_int, OpenError> {
-    let absent = |remedy: String| OpenError::Absent { name: name.to_owned(), remedy };
-    let not_there = || absent("ip link shows those that are".to_owned());
-    // SAFETY: an `ifreq` is plain data, for which zeros are valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    let text = CString::new(name).map_err(|_| not_there())?;
-    // The last byte stays zero.
-    let room = request.ifr_name.len() - 1;
-    for (to, from) in request.ifr_name.iter_mut().take(room).zip(text.as_bytes()) {
-        *to = from.cast_signed();
-    }
-    // SAFETY: SIOCGIFFLAGS reads and writes one `ifreq`, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) })
-        .map_err(|_| not_there())?;
-    // SAFETY: SIOCGIFFLAGS has written this member.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    if libc::c_int::from(flags) & libc::IFF_UP == 0 {
-        return Err(OpenError::Down { name: name.to_owned() });
-    }
-    // SAFETY: SIOCGIFINDEX reads and writes one `ifreq`, which outlives the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) })
-        .map_err(|_| not_there())?;
-    // SAFETY: SIOCGIFINDEX has written this member.
-    Ok(unsafe { request.ifr_ifru.ifru_ifindex })
-}
-
 fn bind(socket: BorrowedFd<'_>, index: libc::c_int) -> io::Result<()> {
     // SAFETY: a `sockaddr_ll` is plain data, for which zeros are valid.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -142,30 +108,9 @@ fn bind(socket: BorrowedFd<'_>, index: libc::c_int) -> io::Result<()> {
     check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })
 }
 
-/// Asks for more room than the default; what the kernel gives is enough to work.
-fn send_buffer(socket: BorrowedFd<'_>) {
-    let size = SEND_BUFFER;
-    for option in [libc::SO_SNDBUFFORCE, libc::SO_SNDBUF] {
-        let len = size_of::<libc::c_int>() as libc::socklen_t;
-        // SAFETY: the option reads one int, which outlives the call.
-        let set = unsafe {
-            libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const size).cast(), len)
-        };
-        if set == 0 {
-            return;
-        }
-    }
-}
-
 /// Sets an option of packet sockets.
 fn set_option<T>(socket: BorrowedFd<'_>, option: libc::c_int, value: &T) -> io::Result<()> {
-    let (value, len) = (std::ptr::from_ref(value).cast(), size_of::<T>() as libc::socklen_t);
-    // SAFETY: the option reads `len` bytes of a value that outlives the call.
-    check(unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, option, value, len) })
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    interface::set_option(socket, libc::SOL_PACKET, option, value)
 }
 
 impl PacketSource {

@@ -1,0 +1,226 @@
+//! XDP sockets: the switch on the near ends of two veth pairs, whose far ends are in namespaces of their own; beside packet sockets
+//! on the same interfaces.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::namespaces::{Namespace, run, try_run};
+use super::switch::{Switch, conserved, sum};
+
+const A: &str = "198.51.100.1";
+const B: &str = "198.51.100.2";
+
+/// Rounds of a comparison, of which the median counts.
+const ROUNDS: usize = 5;
+
+/// Two namespaces, each at the end of a veth pair whose other end is the switch's.
+struct Pair {
+    a: Namespace,
+    b: Namespace,
+    switch: Switch,
+    ends: [String; 2],
+}
+
+/// The near end of a pair with `queues` queues, whose far end, `far`, is in `namespace`. What is sent there is finished: XDP knows
+/// nothing of checksums that are left undone.
+fn cable(which: &str, namespace: &Namespace, address: &str, queues: usize) -> String {
+    let near = format!("cwx{which}{}", std::process::id() % 1_000_000);
+    let queues = format!("numrxqueues {queues} numtxqueues {queues}");
+    run(&format!("ip link add {near} {queues} type veth peer name far netns {} {queues}", namespace.name));
+    run(&format!("ip link set {near} up"));
+    namespace.run("ethtool -K far tx off");
+    namespace.set_up("far", address);
+    near
+}
+
+impl Drop for Pair {
+    /// At once: a namespace that ends takes its interfaces along only some time later.
+    fn drop(&mut self) {
+        self.ends.iter().for_each(|end| drop(try_run(&format!("ip link del {end}"))));
+    }
+}
+
+fn config(switch: &str, ends: &[String; 2], kind: &str, keys: &str) -> String {
+    let port =
+        |(name, end)| format!("[[port]]\nname = \"{name}\"\nkind = \"{kind}\"\ndevice = \"{end}\"\n{keys}\n");
+    let ports: String = ["a", "b"].iter().zip(ends).map(port).collect();
+    format!("[switch]\nworkers = [1]\n{switch}\n{ports}")
+}
+
+impl Pair {
+    fn with(switch: &str, kind: &str, keys: &str, queues: usize) -> Self {
+        let (a, b) = (Namespace::new("a"), Namespace::new("b"));
+        let ends = [cable("a", &a, A, queues), cable("b", &b, B, queues)];
+        let switch = Switch::of_text(&config(switch, &ends, kind, keys));
+        a.waits_for(B);
+        Self { a, b, switch, ends }
+    }
+
+    fn tcp(&self, options: &str) -> f64 {
+        let _server = self.b.start("iperf3 --server --one-off");
+        std::thread::sleep(Duration::from_millis(300));
+        self.a.iperf3(B, 2, options)
+    }
+
+    /// Whether the kernel shows an XDP program on an end.
+    fn has_program(&self, end: usize) -> bool {
+        run(&format!("ip link show {}", self.ends[end])).contains("prog/xdp")
+    }
+}
+
+/// Cycles that the worker was busy for a frame.
+fn cycles(stats: &Value) -> f64 {
+    stats["workers"][0]["cycles_per_frame"].as_f64().unwrap()
+}
+
+#[test]
+#[ignore = "needs root, namespaces, iperf3, ethtool: ./check kernel"]
+fn tcp_crosses_two_xdp_sockets_both_ways_and_the_program_goes_with_the_switch() {
+    for idle in ["poll", "sleep"] {
+        let mut pair = Pair::with(&format!("idle = \"{idle}\""), "af_xdp", "", 1);
+        assert!(pair.has_program(0) && pair.has_program(1));
+        let (there, back) = (pair.tcp(""), pair.tcp("--reverse"));
+        println!("idle = {idle}: {:.2} Gbit/s there, {:.2} Gbit/s back", there / 1e9, back / 1e9);
+        std::thread::sleep(Duration::from_millis(100));
+        let stats = pair.switch.json("stats");
+        conserved(&stats);
+        for port in stats["ports"].as_array().unwrap() {
+            let names: Vec<_> = port["device"].as_array().unwrap().iter().map(|c| &c["name"]).collect();
+            assert!(names.iter().any(|name| *name == "rx_ring_full"), "{names:?}");
+            let of =
+                |name: &str| port["device"].as_array().unwrap().iter().find(|c| c["name"] == name).unwrap();
+            assert_eq!(of("tx_invalid_descs")["count"], 0, "{port}");
+            assert_eq!(of("rx_invalid_descs")["count"], 0, "{port}");
+        }
+        let errors = pair.b.run("nstat -asz TcpInCsumErrors");
+        assert!(
+            errors.lines().any(|l| l.split_whitespace().take(2).eq(["TcpInCsumErrors", "0"])),
+            "{errors}"
+        );
+        // Also without a warning.
+        let _ = try_run(&format!("kill -9 {}", pair.switch.pid()));
+        pair.switch.wait();
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!pair.has_program(0) && !pair.has_program(1), "the program outlived its switch");
+    }
+}
+
+#[test]
+#[ignore = "needs root, namespaces, ethtool: ./check kernel"]
+fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_it_is_back() {
+    let mut pair = Pair::with("idle = \"sleep\"", "af_xdp", "", 1);
+    let flood = pair.a.start(&format!("ping -q -f {B}"));
+    std::thread::sleep(Duration::from_millis(200));
+    // The far end goes down: the near one has no link.
+    pair.b.run("ip link set far down");
+    pair.switch.waits_for_state("b", "stopped", "no link");
+    pair.b.run("ip link set far up");
+    pair.switch.waits_for_state("b", "up", "");
+    run(&format!("ip link set {} down", pair.ends[1]));
+    pair.switch.waits_for_state("b", "stopped", "down");
+    run(&format!("ip link set {} up", pair.ends[1]));
+    pair.switch.waits_for_state("b", "up", "");
+    pair.a.waits_for(B);
+    run(&format!("ip link del {}", pair.ends[1]));
+    pair.switch.waits_for_state("b", "stopped", "there is no interface");
+    assert_eq!(pair.switch.json("ports")["ports"][0]["state"], "up");
+    assert_eq!(cable("b", &pair.b, B, 1), pair.ends[1]);
+    pair.switch.waits_for_state("b", "up", "");
+    drop(flood);
+    pair.a.run("ip neigh flush all");
+    pair.a.waits_for(B);
+    std::thread::sleep(Duration::from_millis(300));
+    conserved(&pair.switch.json("stats"));
+    assert!(pair.switch.is_running());
+}
+
+#[test]
+#[ignore = "needs root, namespaces, iperf3, ethtool: ./check kernel"]
+fn several_queues_of_an_interface_share_its_flows() {
+    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "queue_pairs = 2", 2);
+    let rate = pair.tcp("--parallel 16");
+    std::thread::sleep(Duration::from_millis(100));
+    let stats = pair.switch.json("stats");
+    conserved(&stats);
+    let received: Vec<_> = stats["ports"][1]["tx"].as_array().unwrap().iter().map(|q| &q["sent"]).collect();
+    println!("{:.2} Gbit/s, sent by queue: {received:?}", rate / 1e9);
+    assert!(received.len() == 2 && received.iter().all(|sent| sent.as_u64().unwrap() > 100));
+}
+
+#[test]
+#[ignore = "needs root and namespaces: ./check kernel"]
+fn what_cannot_work_is_told_with_the_way_out() {
+    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "", 1);
+    let refusal = |config: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("switch.toml");
+        std::fs::write(&file, config).unwrap();
+        let (binary, dir) = (super::switch::binary(), dir.path().to_owned());
+        let command = format!("{} switch {} --run-dir {}", binary.display(), file.display(), dir.display());
+        let output = try_run(&format!("timeout 10 {command}"));
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let one = |end: &str, keys: &str| {
+        format!(
+            "[switch]\nworkers = [1]\n[[port]]\nname = \"x\"\nkind = \"af_xdp\"\ndevice = \"{end}\"\n{keys}\n"
+        )
+    };
+    // Another switch has it.
+    let taken = refusal(&one(&pair.ends[0], ""));
+    assert!(taken.contains("another"), "{taken}");
+    let spare = Namespace::new("c");
+    let end = cable("c", &spare, "198.51.100.3", 1);
+    let queues = refusal(&one(&end, "queue_pairs = 2"));
+    assert!(queues.contains("1 receive queues") && queues.contains("asks for 2"), "{queues}");
+    run(&format!("ip link set {end} mtu 9000"));
+    let long = refusal(&one(&end, ""));
+    run(&format!("ip link del {end}"));
+    assert!(long.contains("its MTU is 9000") && long.contains("mtu 1500"), "{long}");
+}
+
+#[test]
+#[ignore = "needs root and namespaces: ./check kernel"]
+fn the_file_of_configs_runs_on_an_interface() {
+    let (a, end) = (Namespace::new("a"), format!("cwx{}", std::process::id() % 1_000_000));
+    run(&format!("ip link add {end} type veth peer name far netns {}", a.name));
+    run(&format!("ip link set {end} up"));
+    a.set_up("far", A);
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/af_xdp.toml");
+    let switch = Switch::of_text(&std::fs::read_to_string(file).unwrap().replace("eth1", &end));
+    switch.waits_for_state("wire", "up", "");
+    let _ = a.reaches(B, 1);
+    assert!(sum(&switch.json("stats"), "wire", "rx", "received") > 0, "the question who has {B}");
+    run(&format!("ip link del {end}"));
+}
+
+/// Frames of one size, as many as the sender makes: TCP that nobody may leave to be cut or summed up by others.
+#[test]
+#[ignore = "needs root, namespaces, iperf3, ethtool and a quiet machine: ./check kernel"]
+fn xdp_sockets_are_at_least_as_fast_as_packet_sockets() {
+    let mut rates = [const { Vec::new() }; 2];
+    let mut costs = [const { Vec::new() }; 2];
+    for _ in 0..ROUNDS {
+        for (i, kind) in ["af_packet", "af_xdp"].iter().enumerate() {
+            let pair = Pair::with("idle = \"poll\"", kind, "", 1);
+            for end in &pair.ends {
+                run(&format!("ethtool -K {end} tx off"));
+            }
+            rates[i].push(pair.tcp("") / 1e9);
+            costs[i].push(cycles(&pair.switch.json("stats")));
+        }
+    }
+    let median = |values: &mut Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    println!("Gbit/s of TCP in frames of 1,514 bytes: af_packet {:.2?}, af_xdp {:.2?}", rates[0], rates[1]);
+    println!("busy cycles a frame: af_packet {:.0?}, af_xdp {:.0?}", costs[0], costs[1]);
+    let [packet, xdp] = rates.each_mut().map(median);
+    let [packet_cost, xdp_cost] = costs.each_mut().map(median);
+    println!("medians: {packet:.2} and {xdp:.2} Gbit/s; {packet_cost:.0} and {xdp_cost:.0} cycles a frame");
+    assert!(xdp >= 0.9 * packet, "af_xdp is slower: {xdp:.2} Gbit/s, af_packet {packet:.2}");
+    assert!(xdp_cost <= 1.1 * packet_cost, "af_xdp costs more: {xdp_cost:.0} cycles, {packet_cost:.0}");
+}

@@ -4,6 +4,8 @@
 //! access fails for want of memory (a peer that punches holes into the file remains; [`crate::fault`] is for that). Never
 //! hands out a reference to the bytes: the other process may change them.
 
+mod own;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -17,6 +19,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use crate::topology::{self, HugePool};
+pub use own::OwnMemory;
 
 /// Bytes that are worth a thread of their own to make present (some 6 ms of work), and the most threads that share it.
 const POPULATE_EACH: usize = 64 << 20;
@@ -80,8 +83,13 @@ pub enum MemoryError {
         free: u64,
     },
     /// Less ordinary memory is available than needed.
-    #[error("needs {} MiB of memory, {} MiB are available; ask for less, or end something else", .needed >> 20, .available >> 20)]
+    #[error(
+        "needs {} MiB of memory{}, {} MiB are available; ask for less, or end something else",
+        .needed >> 20, .node.map_or_else(String::new, |node| format!(" on node {node}")), .available >> 20
+    )]
     Ordinary {
+        /// On which node, if that mattered.
+        node: Option<u32>,
         /// Bytes needed.
         needed: u64,
         /// Bytes that the kernel says can be had without swapping.
@@ -184,11 +192,12 @@ impl SharedMemory {
         fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL))
             .map_err(kernel("cannot seal a memory file", ""))?;
 
-        let start = map(&file, len, pages).map_err(kernel("cannot map shared memory", HUGE_HINT))?;
+        let start = map(Some(&file), len, pages).map_err(kernel("cannot map shared memory", HUGE_HINT))?;
         // From here on, dropping `memory` unmaps it.
         let memory = Self { file, start, len: len.get(), pages };
         if let Some(node) = node {
-            memory.bind(node).map_err(kernel("cannot bind memory to its node", NODE_HINT))?;
+            bind(memory.start, memory.len, node)
+                .map_err(kernel("cannot bind memory to its node", NODE_HINT))?;
         }
         memory.advise(libc::MADV_DONTDUMP).map_err(kernel("cannot keep memory out of core dumps", ""))?;
         if pages == Pages::Ordinary {
@@ -199,27 +208,11 @@ impl SharedMemory {
         Ok(memory)
     }
 
-    /// Makes every page present. Zeroing pages takes about 0.1 s a GiB on one core, so that large memory is shared out.
+    /// Makes every page present.
     fn populate(&self) -> nix::Result<()> {
-        let permitted = topology::permitted_cores().map_or(1, |cores| cores.len());
-        let threads = permitted.min(self.len / POPULATE_EACH).clamp(1, POPULATE_THREADS);
-        let share = (self.len / threads).next_multiple_of(self.pages.size().max(JOINED));
-        std::thread::scope(|scope| {
-            let shares: Vec<_> = (0..self.len)
-                .step_by(share)
-                .map(|from| {
-                    let to = self.len.min(from + share);
-                    scope.spawn(move || {
-                        let from = if self.pages == Pages::Ordinary { self.join(from, to)? } else { from };
-                        if from == to {
-                            Ok(())
-                        } else {
-                            self.advise_part(from, to - from, libc::MADV_POPULATE_WRITE)
-                        }
-                    })
-                })
-                .collect();
-            shares.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(nix::Error::EINTR)))
+        in_shares(self.len, self.pages.size(), |from, to| {
+            let from = if self.pages == Pages::Ordinary { self.join(from, to)? } else { from };
+            if from == to { Ok(()) } else { self.advise_part(from, to - from, libc::MADV_POPULATE_WRITE) }
         })
     }
 
@@ -245,36 +238,7 @@ impl SharedMemory {
     /// # Errors
     /// The process may lock less than this; the message says how to allow it.
     pub fn lock(&self) -> Result<(), MemoryError> {
-        // SAFETY: the range is this mapping; locking does not change what it holds.
-        let result = unsafe { libc::mlock(self.start.as_ptr().cast(), self.len) };
-        nix::Error::result(result).map(drop).map_err(|error| MemoryError::Lock {
-            needed: self.len as u64,
-            limit: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK)
-                .map_or(0, |(soft, _)| soft),
-            source: error.into(),
-        })
-    }
-
-    /// Confines the pages to `node` (mbind(2), MPOL_BIND).
-    fn bind(&self, node: u32) -> nix::Result<()> {
-        let mut mask = [0u64; 16];
-        let word = mask.get_mut(node as usize / 64).ok_or(nix::Error::EINVAL)?;
-        *word = 1 << (node % 64);
-        let bits = mask.len() * 64;
-        // SAFETY: the range is this mapping; the kernel reads `bits` bits of the mask.
-        let result = unsafe {
-            // The kernel reads one bit less than it is told.
-            libc::syscall(
-                libc::SYS_mbind,
-                self.start.as_ptr(),
-                self.len,
-                libc::MPOL_BIND,
-                mask.as_ptr(),
-                bits + 1,
-                0,
-            )
-        };
-        nix::Error::result(result).map(drop)
+        lock(self.start, self.len)
     }
 
     fn advise(&self, advice: libc::c_int) -> nix::Result<()> {
@@ -283,9 +247,7 @@ impl SharedMemory {
 
     fn advise_part(&self, from: usize, len: usize, advice: libc::c_int) -> nix::Result<()> {
         debug_assert!(from <= self.len && len <= self.len - from);
-        // SAFETY: the range lies in this mapping, and none of the advice used here changes what it holds.
-        let result = unsafe { libc::madvise(self.start.as_ptr().add(from).cast(), len, advice) };
-        nix::Error::result(result).map(drop)
+        advise(self.start, from, len, advice)
     }
 
     /// The first byte.
@@ -328,23 +290,83 @@ impl fmt::Debug for SharedMemory {
     }
 }
 
-/// Maps `len` bytes of `file`; where ordinary pages are to be joined, at a multiple of what they become.
-fn map(file: &File, len: NonZeroUsize, pages: Pages) -> nix::Result<NonNull<u8>> {
-    let (access, shared) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
+/// Confines the pages of a mapping to `node` (mbind(2), MPOL_BIND).
+fn bind(start: NonNull<u8>, len: usize, node: u32) -> nix::Result<()> {
+    let mut mask = [0u64; 16];
+    let word = mask.get_mut(node as usize / 64).ok_or(nix::Error::EINVAL)?;
+    *word = 1 << (node % 64);
+    let bits = mask.len() * 64;
+    // SAFETY: a mapping of the caller; where its pages lie does not change what they hold. The kernel reads `bits` bits of the
+    // mask, one less than it is told.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mbind, start.as_ptr(), len, libc::MPOL_BIND, mask.as_ptr(), bits + 1, 0)
+    };
+    nix::Error::result(result).map(drop)
+}
+
+/// Locks a mapping in memory.
+fn lock(start: NonNull<u8>, len: usize) -> Result<(), MemoryError> {
+    // SAFETY: the range is a mapping of the caller; locking does not change what it holds.
+    let result = unsafe { libc::mlock(start.as_ptr().cast(), len) };
+    nix::Error::result(result).map(drop).map_err(|error| MemoryError::Lock {
+        needed: len as u64,
+        limit: nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK)
+            .map_or(0, |(soft, _)| soft),
+        source: error.into(),
+    })
+}
+
+/// Advises the kernel of a part of a mapping.
+fn advise(start: NonNull<u8>, from: usize, len: usize, advice: libc::c_int) -> nix::Result<()> {
+    // SAFETY: the range lies in a mapping of the caller, and none of the advice used here changes what it holds.
+    let result = unsafe { libc::madvise(start.as_ptr().add(from).cast(), len, advice) };
+    nix::Error::result(result).map(drop)
+}
+
+/// Has `len` bytes made present by several threads, each from and to where it is told. Zeroing pages takes about 0.1 s a GiB on one
+/// core, so that large memory is shared out.
+fn in_shares(
+    len: usize,
+    page: usize,
+    make_present: impl Fn(usize, usize) -> nix::Result<()> + Sync,
+) -> nix::Result<()> {
+    let permitted = topology::permitted_cores().map_or(1, |cores| cores.len());
+    let threads = permitted.min(len / POPULATE_EACH).clamp(1, POPULATE_THREADS);
+    let share = (len / threads).next_multiple_of(page.max(JOINED));
+    let make_present = &make_present;
+    std::thread::scope(|scope| {
+        let shares: Vec<_> = (0..len)
+            .step_by(share)
+            .map(|from| scope.spawn(move || make_present(from, len.min(from + share))))
+            .collect();
+        shares.into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(nix::Error::EINTR)))
+    })
+}
+
+/// Maps `len` bytes of `file`, or of none; where ordinary pages are to be joined, at a multiple of what they become.
+fn map(file: Option<&File>, len: NonZeroUsize, pages: Pages) -> nix::Result<NonNull<u8>> {
+    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: at an address of the kernel's choice it touches no memory that is in use; the only other one is in the mapping of
+    // addresses that is made below and that nobody knows.
+    let at = |address: Option<NonZeroUsize>| unsafe {
+        let fixed = if address.is_some() { MapFlags::MAP_FIXED } else { MapFlags::empty() };
+        match file {
+            Some(file) => mmap(address, len, access, MapFlags::MAP_SHARED | fixed, file, 0),
+            None => mmap_anonymous(address, len, access, MapFlags::MAP_PRIVATE | fixed),
+        }
+    };
     let joins = pages == Pages::Ordinary && len.get() >= JOINED;
     let room = len.checked_add(JOINED).filter(|_| joins);
     let Some(room) = room else {
-        // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory that is in use.
-        return Ok(unsafe { mmap(None, len, access, shared, file, 0) }?.cast());
+        return Ok(at(None)?.cast());
     };
-    // SAFETY: as above; these are addresses only.
+    // SAFETY: a new mapping; these are addresses only.
     let whole = unsafe {
         mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE)
     }?;
     let before = whole.as_ptr().align_offset(JOINED);
     let start = whole.map_addr(|address| address.saturating_add(before));
-    // SAFETY: it replaces a part of the mapping that was just made and that nobody knows.
-    let mapped = unsafe { mmap(Some(start.addr()), len, access, shared | MapFlags::MAP_FIXED, file, 0) };
+    let mapped = at(Some(start.addr()));
     let parts = match mapped {
         Ok(_) => [
             (whole, before),
@@ -371,10 +393,12 @@ const POPULATE_HINT: &str = "; the memory ran out meanwhile, or a cgroup limit (
 pub fn check_available(len: usize, pages: Pages, node: Option<u32>) -> Result<(), MemoryError> {
     let (len, page_size) = (len as u64, pages.size() as u64);
     if matches!(pages, Pages::Ordinary | Pages::Auto) {
-        let available = available_memory();
-        return match available {
-            Some(available) if available < len => Err(MemoryError::Ordinary { needed: len, available }),
-            _ => Ok(()),
+        let on_node = node.and_then(available_on).map(|available| (node, available));
+        let all = available_memory().map(|available| (None, available));
+        let short = all.into_iter().chain(on_node).find(|(_, available)| *available < len);
+        return match short {
+            Some((node, available)) => Err(MemoryError::Ordinary { node, needed: len, available }),
+            None => Ok(()),
         };
     }
     let needed = len / page_size;
@@ -396,6 +420,24 @@ fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Bytes that can be had on a memory node: free, or held by files and by what the kernel can give up.
+fn available_on(node: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).ok()?;
+    available_of_node(&text)
+}
+
+/// The same from that file's text.
+fn available_of_node(text: &str) -> Option<u64> {
+    // Lines like `Node 0 MemFree:  1024 kB`.
+    let figure = |name: &str| {
+        let value = text.lines().find_map(|line| line.split_once(name))?.1;
+        value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    let more = ["Active(file):", " Inactive(file):", "SReclaimable:"];
+    let more: u64 = more.into_iter().filter_map(figure).sum();
+    figure("MemFree:")?.checked_add(more)
 }
 
 #[cfg(test)]

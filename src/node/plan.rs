@@ -34,7 +34,14 @@ pub(super) fn text(node: &Node) -> Result<String> {
             PageSize::Huge2M => "2 MiB pages",
             PageSize::Huge1G => "1 GiB pages",
         };
-        let at = machine.node.map_or_else(String::new, |node| format!(" of memory node {node}"));
+        let at = match machine.host_nodes().as_slice() {
+            [] => String::new(),
+            [node] => format!(" of memory node {node}"),
+            nodes => {
+                let nodes: Vec<_> = nodes.iter().map(u32::to_string).collect();
+                format!(" of memory nodes {}", nodes.join(" and "))
+            }
+        };
         let memory = output::bytes(machine.memory);
         writeln!(
             text,
@@ -116,8 +123,8 @@ fn notes(node: &Node) -> Vec<String> {
                 "machine {name}: without `emulator_cores` its other threads may run on cores of vCPUs"
             ));
         }
-        for core in machine.vcpu_cores.iter().flatten() {
-            let (of_core, of_memory) = (topology::node_of_core(root, *core), machine.node);
+        for (n, core) in machine.vcpu_cores.iter().flatten().enumerate() {
+            let (of_core, of_memory) = (topology::node_of_core(root, *core), machine.host_node_of(n));
             if let (Some(of_core), Some(of_memory)) = (of_core, of_memory)
                 && of_core != of_memory
             {

@@ -158,29 +158,33 @@ impl Reader<'_, '_, '_> {
                     continue;
                 }
             };
-            let mut needed = config.memory / page_size;
-            let fits = |pool: &HugePool| {
-                pool.page_size == page_size && config.node.is_none_or(|node| node == pool.node)
-            };
-            let free: u64 = pools.iter().filter(|pool| fits(pool)).map(|pool| pool.free).sum();
-            if free < needed {
-                let on = config.node.map_or_else(String::new, |node| format!(" on memory node {node}"));
-                let (size, word) = (output::bytes(page_size), config.pages.word());
-                let node = config.node.unwrap_or(0);
-                self.add(
-                    machine,
-                    "memory",
-                    format!(
-                        "needs {needed} huge pages of {size}{on}, and {free} are left for it: {} more in [host], `huge_pages = \
-                         [{{ node = {node}, size = \"{word}\", pages = … }}]`",
-                        needed - free
-                    ),
-                );
-            }
-            for pool in pools.iter_mut().filter(|pool| fits(pool)) {
-                let taken = needed.min(pool.free);
-                pool.free -= taken;
-                needed -= taken;
+            // Those that may lie anywhere take what is left.
+            for (on_node, bytes) in config.memory_by_host_node().into_iter().rev() {
+                let mut needed = bytes / page_size;
+                let fits = |pool: &HugePool| {
+                    pool.page_size == page_size && on_node.is_none_or(|node| node == pool.node)
+                };
+                let free: u64 = pools.iter().filter(|pool| fits(pool)).map(|pool| pool.free).sum();
+                if free < needed {
+                    let on = on_node.map_or_else(String::new, |node| format!(" on memory node {node}"));
+                    let (size, word) = (output::bytes(page_size), config.pages.word());
+                    let node = on_node.unwrap_or(0);
+                    let key = if config.numa { "numa" } else { "memory" };
+                    self.add(
+                        machine,
+                        key,
+                        format!(
+                            "needs {needed} huge pages of {size}{on}, and {free} are left for it: {} more in [host], `huge_pages = \
+                             [{{ node = {node}, size = \"{word}\", pages = … }}]`",
+                            needed - free
+                        ),
+                    );
+                }
+                for pool in pools.iter_mut().filter(|pool| fits(pool)) {
+                    let taken = needed.min(pool.free);
+                    pool.free -= taken;
+                    needed -= taken;
+                }
             }
         }
         if let Err(error) =

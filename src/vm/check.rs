@@ -44,9 +44,15 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         PageSize::Huge2M => "2 MiB huge pages",
         PageSize::Huge1G => "1 GiB huge pages",
     };
-    let node = config.node.map_or_else(String::new, |node| format!(" on memory node {node}"));
+    let on = |host: Option<u32>| host.map_or_else(String::new, |node| format!(" on memory node {node}"));
     let locked = if config.lock_memory { ", locked" } else { "" };
-    writeln!(text, "  take {} of memory in {pages}{node}{locked}", output::bytes(config.memory))?;
+    let node = config.nodes.first().filter(|_| !config.numa).and_then(|node| node.host);
+    writeln!(text, "  take {} of memory in {pages}{}{locked}", output::bytes(config.memory), on(node))?;
+    for (n, node) in config.nodes.iter().enumerate().filter(|_| config.numa) {
+        let (memory, host) = (output::bytes(node.memory), on(node.host));
+        let devices = if node.devices { ", near its PCI devices" } else { "" };
+        writeln!(text, "    its memory node {n}: {memory}{host}, vCPUs {:?}{devices}", node.vcpus)?;
+    }
     let topology = config.topology;
     writeln!(
         text,
@@ -67,7 +73,7 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
                 let node = topology::node_of_core(Path::new("/"), *core);
                 let place = node.map_or_else(String::new, |node| format!(" (memory node {node})"));
                 writeln!(text, "    vCPU {n} on core {core}{place}{priority}")?;
-                if let (Some(of_core), Some(of_memory)) = (node, config.node)
+                if let (Some(of_core), Some(of_memory)) = (node, config.host_node_of(n))
                     && of_core != of_memory
                 {
                     writeln!(text, "    note: the memory is on node {of_memory}; every access crosses over")?;

@@ -58,6 +58,9 @@ macro_rules! keys {
             /// A network card, as often as there are cards: vhost-user,socket=PATH, and mode, queues, packed, wait; or tap,device=NAME; and mac, queue_size, mtu.
             #[arg(long, value_name = "CARD", help_heading = "Instead of a FILE")]
             net: Vec<String>,
+            /// A memory node of the guest, as often as there are nodes: memory=1GiB,vcpus=0:1, and node, distances, devices.
+            #[arg(long, value_name = "NODE", help_heading = "Instead of a FILE")]
+            numa: Vec<String>,
             /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, queues, queue_size.
             #[arg(long, value_name = "DISK", help_heading = "Instead of a FILE")]
             disk: Vec<String>,
@@ -68,8 +71,10 @@ macro_rules! keys {
             fn given(self) -> Vec<(&'static str, String)> {
                 let cards = self.net.into_iter().map(|card| ("net", card));
                 let disks = self.disk.into_iter().map(|disk| ("disk", disk));
+                let nodes = self.numa.into_iter().map(|node| ("numa", node));
+                let listed = cards.chain(disks).chain(nodes);
                 let keys = [$((stringify!($key), self.$key),)+];
-                keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(cards).chain(disks).collect()
+                keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(listed).collect()
             }
         }
     };
@@ -92,6 +97,8 @@ keys! {
     node: "N",
     /// Whether it is locked in memory [default: false].
     lock_memory: "BOOL",
+    /// Whether all of it is there from the start; huge pages, locked memory and memory that is shared always are [default: false].
+    prefault: "BOOL",
     /// How many vCPUs [default: 1].
     vcpus: "N",
     /// How the guest sees them, like sockets=1,cores=2,threads=2.

@@ -93,6 +93,27 @@ pub(crate) fn ram(bytes: u64) -> Vec<(Range<u64>, u64)> {
     ranges
 }
 
+/// A piece of RAM: which part it belongs to, where it is, and its offset in that part.
+pub(crate) type Piece = (usize, Range<u64>, u64);
+
+/// The same for RAM in several parts, one after the other; a part on both sides of the hole is two pieces.
+pub(crate) fn ram_in_parts(parts: &[u64]) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for (n, bytes) in parts.iter().enumerate() {
+        let below = (HOLE.start.saturating_sub(start)).min(*bytes);
+        if below > 0 {
+            pieces.push((n, start..start + below, 0));
+        }
+        if *bytes > below {
+            let at = (start + below).max(HOLE.start) - HOLE.start + HOLE.end;
+            pieces.push((n, at..at + (bytes - below), below));
+        }
+        start += bytes;
+    }
+    pieces
+}
+
 /// Where PCI functions have their 64-bit BARs: from the end of RAM to what the processor can address, in whole GiB; empty
 /// if there is no room.
 pub(crate) fn pci_window_64(ram: u64, address_bits: u8) -> Range<u64> {
@@ -111,6 +132,26 @@ mod tests {
         assert_eq!(ram(512 << 20), [(0..512 << 20, 0)]);
         assert_eq!(ram(3 << 30), [(0..3 << 30, 0)]);
         assert_eq!(ram(5 << 30), [(0..3 << 30, 0), (4 << 30..6 << 30, 3 << 30)]);
+    }
+
+    #[test]
+    fn parts_of_ram_follow_each_other_around_the_hole() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(ram_in_parts(&[GIB, GIB]), [(0, 0..GIB, 0), (1, GIB..2 * GIB, 0)]);
+        assert_eq!(
+            ram_in_parts(&[2 * GIB, 2 * GIB, GIB]),
+            [
+                (0, 0..2 * GIB, 0),
+                (1, 2 * GIB..3 * GIB, 0),
+                (1, 4 * GIB..5 * GIB, GIB),
+                (2, 5 * GIB..6 * GIB, 0)
+            ]
+        );
+        assert_eq!(ram_in_parts(&[3 * GIB, GIB]), [(0, 0..3 * GIB, 0), (1, 4 * GIB..5 * GIB, 0)]);
+        for bytes in [GIB, 3 * GIB, 5 * GIB] {
+            let one: Vec<_> = ram_in_parts(&[bytes]).into_iter().map(|(_, range, at)| (range, at)).collect();
+            assert_eq!(one, ram(bytes));
+        }
     }
 
     #[test]

@@ -189,6 +189,7 @@ impl Machine {
             apic_ids: numbers.clone().map(|n| config.topology.apic_id(n)).collect(),
             address_bits: model.address_bits(),
             serial,
+            nodes: if config.numa { config.nodes.clone() } else { Vec::new() },
         };
         acpi::write(&memory, &tables)?;
 

@@ -1,13 +1,13 @@
-//! A guest's memory: files that other processes can share, where the guest sees them, and the way to write a kernel into it.
+//! A guest's memory: a part for each of its nodes, files where other processes share it, where the guest sees them, and the way to write a kernel into it.
 //!
-//! Owns the files and their place in the guest's address space. Every page is present (and locked, if asked) before the
-//! guest starts: no access fails later for want of memory. Never hands out references to the bytes: the guest changes them.
+//! Owns them and their place in the guest's address space. Huge pages, memory that others share and what is to be locked or filled
+//! is present before the guest starts: no access fails later for want of it. Never hands out references to the bytes: the guest changes them.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use host::memory::{MemoryError, Pages, SharedMemory};
+use host::memory::{MemoryError, OwnMemory, Pages, SharedMemory};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use virtio::memory::{Region, RegionError};
@@ -55,7 +55,9 @@ pub enum GuestMemoryError {
 pub struct MemoryRegion {
     /// Guest-physical addresses.
     pub guest: Range<u64>,
-    /// Where it begins in the file.
+    /// Which of the guest's nodes it belongs to.
+    pub node: usize,
+    /// Where it begins in that one's file.
     pub file_offset: u64,
     /// Where it begins in this process.
     pub host: u64,
@@ -63,39 +65,69 @@ pub struct MemoryRegion {
 
 /// The memory of one guest.
 pub struct GuestMemory {
-    // Before `backing`: it points there.
+    // Before `parts`: it points there.
     view: GuestMemoryMmap,
     regions: Vec<MemoryRegion>,
-    backing: SharedMemory,
+    parts: Vec<Part>,
     len: u64,
 }
 
-impl GuestMemory {
-    /// Memory as `config` has it, all present.
-    ///
-    /// # Errors
-    /// The host has too little, with figures, or does not permit to lock it.
-    pub fn new(config: &Config) -> Result<Self, GuestMemoryError> {
+/// The memory of one of the guest's nodes.
+enum Part {
+    Shared(SharedMemory),
+    Own(OwnMemory),
+}
+
+impl Part {
+    fn new(config: &Config, bytes: u64, node: Option<u32>) -> Result<Self, MemoryError> {
         let pages = match config.pages {
             PageSize::Auto => Pages::Auto,
             PageSize::Ordinary => Pages::Ordinary,
             PageSize::Huge2M => Pages::Huge2M,
             PageSize::Huge1G => Pages::Huge1G,
         };
-        let len = usize::try_from(config.memory).map_err(|_| MemoryError::Size(usize::MAX))?;
-        let backing = SharedMemory::new(len, pages, config.node)?;
+        let len = usize::try_from(bytes).map_err(|_| MemoryError::Size(usize::MAX))?;
+        let part = match pages {
+            Pages::Ordinary if !config.shares_memory() => {
+                Part::Own(OwnMemory::new(len, node, config.prefault || config.lock_memory)?)
+            }
+            _ => Part::Shared(SharedMemory::new(len, pages, node)?),
+        };
         if config.lock_memory {
-            backing.lock()?;
+            match &part {
+                Part::Shared(memory) => memory.lock()?,
+                Part::Own(memory) => memory.lock()?,
+            }
         }
-        let host = |file_offset: u64| backing.as_ptr() as u64 + file_offset;
-        let regions: Vec<_> = layout::ram(config.memory)
-            .into_iter()
-            .map(|(guest, file_offset)| MemoryRegion { guest, file_offset, host: host(file_offset) })
-            .collect();
+        Ok(part)
+    }
+
+    fn start(&self) -> u64 {
+        match self {
+            Part::Shared(memory) => memory.as_ptr() as u64,
+            Part::Own(memory) => memory.as_ptr() as u64,
+        }
+    }
+}
+
+impl GuestMemory {
+    /// Memory as `config` has it.
+    ///
+    /// # Errors
+    /// The host has too little, with figures, or does not permit to lock it.
+    pub fn new(config: &Config) -> Result<Self, GuestMemoryError> {
+        let parts = config.nodes.iter().map(|node| Part::new(config, node.memory, node.host));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        let bytes: Vec<u64> = config.nodes.iter().map(|node| node.memory).collect();
+        let region = |(node, guest, file_offset): layout::Piece| {
+            let host = parts.get(node)?.start() + file_offset;
+            Some(MemoryRegion { guest, node, file_offset, host })
+        };
+        let regions: Vec<_> = layout::ram_in_parts(&bytes).into_iter().filter_map(region).collect();
         let mapped = regions.iter().map(map).collect::<Option<Vec<_>>>();
         let view = mapped.and_then(|regions| GuestMemoryMmap::from_regions(regions).ok());
-        let view = view.ok_or(MemoryError::Size(len))?;
-        Ok(Self { view, regions, backing, len: config.memory })
+        let view = view.ok_or(MemoryError::Size(usize::MAX))?;
+        Ok(Self { view, regions, parts, len: config.memory })
     }
 
     /// Gives the memory to a virtual machine: from here on the guest has it.
@@ -165,9 +197,12 @@ impl GuestMemory {
         &self.regions
     }
 
-    /// The file that all regions lie in.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.backing.file()
+    /// The file that a region lies in, if its memory can be shared.
+    pub fn file(&self, region: &MemoryRegion) -> Option<BorrowedFd<'_>> {
+        match self.parts.get(region.node)? {
+            Part::Shared(memory) => Some(memory.file()),
+            Part::Own(_) => None,
+        }
     }
 
     /// Bytes of memory.
@@ -182,12 +217,7 @@ impl GuestMemory {
 
     /// The first address above the memory below 4 GiB.
     pub fn low_end(&self) -> u64 {
-        self.regions.first().map_or(0, |region| region.guest.end)
-    }
-
-    /// What it is made of.
-    pub fn pages(&self) -> Pages {
-        self.backing.pages()
+        self.len.min(layout::HOLE.start)
     }
 }
 
@@ -200,4 +230,38 @@ fn map(region: &MemoryRegion) -> Option<GuestRegionMmap> {
     // SAFETY: the range is mapped by the `SharedMemory` that lives beside the view and is dropped after it.
     let mapped: MmapRegion = unsafe { builder.with_raw_mmap_pointer(region.host as *mut u8) }.build().ok()?;
     GuestRegionMmap::new(mapped, GuestAddress(region.guest.start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(keys: &str) -> GuestMemory {
+        let text = format!("[vm]\nkernel = 'k'\n{keys}");
+        GuestMemory::new(&Config::parse(&text, std::path::Path::new("vm.toml")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn each_node_has_memory_of_its_own_and_what_lies_on_the_border_is_written_whole() {
+        let memory = memory("numa = [{ memory = '2 MiB', vcpus = [0] }, { memory = '4 MiB', node = 0 }]");
+        let nodes: Vec<_> =
+            memory.regions().iter().map(|r| (r.node, r.guest.clone(), r.file_offset)).collect();
+        assert_eq!(nodes, [(0, 0..2 << 20, 0), (1, 2 << 20..6 << 20, 0)]);
+        assert_eq!((memory.len(), memory.low_end()), (6 << 20, 6 << 20));
+        let border = (2 << 20) - 2;
+        memory.write("test", border, b"abcd").unwrap();
+        let mut bytes = [0; 4];
+        memory.view().read_slice(&mut bytes, GuestAddress(border)).unwrap();
+        assert_eq!(&bytes, b"abcd");
+        assert!(memory.host_address(border, 4).is_none(), "no address of this process is the next one there");
+        assert!(memory.write("test", (6 << 20) - 1, b"ab").is_err());
+    }
+
+    #[test]
+    fn only_memory_that_others_work_on_has_a_file() {
+        let own = memory("memory = '2 MiB'");
+        assert!(own.regions().iter().all(|region| own.file(region).is_none()));
+        let shared = memory("memory = '2 MiB'\nnet = [{ kind = 'vhost-user', socket = 's' }]");
+        assert!(shared.regions().iter().all(|region| shared.file(region).is_some()));
+    }
 }

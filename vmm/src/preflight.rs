@@ -240,15 +240,17 @@ fn vcpus(config: &Config, kvm: &Kvm) -> Result<(), PreflightError> {
 }
 
 fn node(config: &Config) -> Result<(), PreflightError> {
-    if let Some(node) = config.node {
-        let root = Path::new("/sys/devices/system/node");
-        let online = std::fs::read_to_string(root.join("online")).unwrap_or_else(|_| "0".to_owned());
-        let nodes: CoreSet = online.parse().unwrap_or_default();
-        if !nodes.contains(node) {
-            return Err(PreflightError::Node { node, nodes: nodes.to_string() });
-        }
+    let wanted = config.host_nodes();
+    if wanted.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let root = Path::new("/sys/devices/system/node");
+    let online = std::fs::read_to_string(root.join("online")).unwrap_or_else(|_| "0".to_owned());
+    let nodes: CoreSet = online.parse().unwrap_or_default();
+    match wanted.into_iter().find(|node| !nodes.contains(*node)) {
+        Some(node) => Err(PreflightError::Node { node, nodes: nodes.to_string() }),
+        None => Ok(()),
+    }
 }
 
 fn memory(config: &Config) -> Result<(), PreflightError> {
@@ -258,12 +260,13 @@ fn memory(config: &Config) -> Result<(), PreflightError> {
         PageSize::Huge2M => Pages::Huge2M,
         PageSize::Huge1G => Pages::Huge1G,
     };
-    let len = usize::try_from(config.memory).map_err(|_| MemoryError::Size(usize::MAX))?;
-    // `auto` may take either; the larger pages are asked for first, and their shortage is no error.
-    if config.pages == PageSize::Auto
-        && host::memory::check_available(len, Pages::Huge2M, config.node).is_ok()
-    {
-        return Ok(());
+    for (node, bytes) in config.memory_by_host_node() {
+        let len = usize::try_from(bytes).map_err(|_| MemoryError::Size(usize::MAX))?;
+        // `auto` may take either; the larger pages are asked for first, and their shortage is no error.
+        if config.pages == PageSize::Auto && host::memory::check_available(len, Pages::Huge2M, node).is_ok() {
+            continue;
+        }
+        host::memory::check_available(len, pages, node)?;
     }
-    Ok(host::memory::check_available(len, pages, config.node)?)
+    Ok(())
 }

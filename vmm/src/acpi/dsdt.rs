@@ -60,20 +60,21 @@ fn pci(machine: &Machine, memory: u64, code: &mut Vec<u8>) {
     });
     let mut resources: Vec<&dyn Aml> = vec![&buses, &config_ports, &small];
     resources.extend(large.as_ref().map(|large| large as &dyn Aml));
-    Device::new(
-        Path::new("_SB_.PCI0"),
-        vec![
-            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
-            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
-            &Name::new(Path::new("_UID"), &ZERO),
-            &Name::new(Path::new("_SEG"), &ZERO),
-            &Name::new(Path::new("_BBN"), &ZERO),
-            // Caches and DMA agree, as on every PC (6.2.17).
-            &Name::new(Path::new("_CCA"), &1_u8),
-            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
-        ],
-    )
-    .to_aml_bytes(code);
+    let mut names = vec![
+        Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+        Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+        Name::new(Path::new("_UID"), &ZERO),
+        Name::new(Path::new("_SEG"), &ZERO),
+        Name::new(Path::new("_BBN"), &ZERO),
+        // Caches and DMA agree, as on every PC (6.2.17).
+        Name::new(Path::new("_CCA"), &1_u8),
+        Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+    ];
+    // Which memory node the devices are near (6.2.15).
+    let near = machine.nodes.iter().position(|node| node.devices);
+    names.extend(near.map(|node| Name::new(Path::new("_PXM"), &(node as u32))));
+    let names = names.iter().map(|name| name as &dyn Aml).collect();
+    Device::new(Path::new("_SB_.PCI0"), names).to_aml_bytes(code);
     // Who has the ECAM range (PCI firmware specification 3.3, 4.1.2).
     let ecam =
         Memory32Fixed::new(true, layout::ECAM.start as u32, (layout::ECAM.end - layout::ECAM.start) as u32);

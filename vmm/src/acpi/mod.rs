@@ -5,6 +5,7 @@
 //! seconds.
 
 mod dsdt;
+mod nodes;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
@@ -14,6 +15,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
+use crate::config::GuestNode;
 use crate::layout;
 use crate::memory::{GuestMemory, GuestMemoryError};
 
@@ -40,12 +42,14 @@ pub struct Machine {
     pub address_bits: u8,
     /// Whether there is a serial port.
     pub serial: bool,
+    /// The guest's memory nodes, if it is told of them.
+    pub nodes: Vec<GuestNode>,
 }
 
 /// Puts the tables into memory, the RSDP first.
 ///
 /// # Errors
-/// They do not fit, which is a mistake of ours: their size is bounded by the number of vCPUs.
+/// They do not fit, which is a mistake of ours: their size is bounded by the number of vCPUs and nodes.
 pub fn write(memory: &GuestMemory, machine: &Machine) -> Result<(), GuestMemoryError> {
     let mut next = layout::ACPI.start + Rsdp::len() as u64;
     let mut put = |table: &[u8]| -> Result<u64, GuestMemoryError> {
@@ -69,6 +73,10 @@ pub fn write(memory: &GuestMemory, machine: &Machine) -> Result<(), GuestMemoryE
     let mut mcfg = MCFG::new(OEM, TABLE, REVISION);
     mcfg.add_ecam(layout::ECAM.start, 0, 0, (layout::PCI_BUSES - 1) as u8);
     xsdt.add_entry(put(&bytes(&mcfg))?);
+    if !machine.nodes.is_empty() {
+        xsdt.add_entry(put(&nodes::affinities(machine))?);
+        xsdt.add_entry(put(&nodes::distances(machine))?);
+    }
     let xsdt = put(&bytes(&xsdt))?;
     memory.write("ACPI tables", layout::ACPI.start, &bytes(&Rsdp::new(OEM, xsdt)))
 }
@@ -124,6 +132,17 @@ mod tests {
     use std::path::Path;
     use vm_memory::{Bytes, GuestAddress};
 
+    fn two_nodes() -> Vec<GuestNode> {
+        let node = |vcpus: std::ops::Range<u32>, distances: [u8; 2]| GuestNode {
+            memory: 2 << 30,
+            vcpus: vcpus.collect(),
+            host: None,
+            distances: distances.to_vec(),
+            devices: distances[1] == 10,
+        };
+        vec![node(0..2, [10, 21]), node(2..MAX_VCPUS, [21, 10])]
+    }
+
     fn memory() -> GuestMemory {
         let config =
             Config::parse("[vm]\nkernel = \"x\"\nmemory = \"2 MiB\"", Path::new("test.toml")).unwrap();
@@ -144,7 +163,7 @@ mod tests {
     fn every_table_is_found_from_the_rsdp_and_its_bytes_add_up_to_zero() {
         let memory = memory();
         let apic_ids = (0..MAX_VCPUS).collect();
-        write(&memory, &Machine { apic_ids, address_bits: 39, serial: true }).unwrap();
+        write(&memory, &Machine { apic_ids, address_bits: 39, serial: true, nodes: two_nodes() }).unwrap();
         let sum = |at: u64, length: u64| {
             read(&memory, at, length as usize).iter().fold(0_u8, |s, b| s.wrapping_add(*b))
         };
@@ -167,6 +186,6 @@ mod tests {
                 );
             }
         }
-        assert_eq!(found, [b"FACP", b"APIC", b"MCFG"]);
+        assert_eq!(found, [b"FACP", b"APIC", b"MCFG", b"SRAT", b"SLIT"]);
     }
 }

@@ -20,12 +20,18 @@ const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
 const TABLES: &[&str] = &["topology"];
 
 /// Keys that may be given again and again: lists of tables, and the key that their first part is the value of.
-const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format")];
+const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format"), ("numa", "memory")];
+/// Parts of those that have several numbers, apart by colons: `vcpus=0:2-3`.
+const NUMBERS: &[&str] = &["vcpus", "distances"];
 
 /// Reads `flags`: keys of `[vm]` with their values.
 pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
     let mut text = "[vm]\n".to_owned();
     let pair = |part: &str| match part.split_once('=') {
+        Some((name, value)) if NUMBERS.contains(&name.trim()) => {
+            let each = value.split(':').filter(|part| !part.trim().is_empty()).flat_map(numbers);
+            format!("{} = [{}]", quoted(name.trim()), each.collect::<Vec<_>>().join(", "))
+        }
         Some((name, value)) => format!("{} = {}", quoted(name.trim()), plain(value)),
         None => format!("{} = \"\"", quoted(part.trim())),
     };
@@ -65,6 +71,15 @@ pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
         }
         errors
     })
+}
+
+/// One number, or all from the first to the last of a range; what is neither stays as it is, for a message to name it.
+fn numbers(part: &str) -> Vec<String> {
+    let range = part.split_once('-').and_then(|(from, to)| {
+        let (from, to): (u8, u8) = (from.trim().parse().ok()?, to.trim().parse().ok()?);
+        (from <= to).then_some(from..=to)
+    });
+    range.map_or_else(|| vec![plain(part)], |range| range.map(|n| n.to_string()).collect())
 }
 
 /// A number or a truth value (`true`, `on`, `yes`) as it is, anything else in quotes.

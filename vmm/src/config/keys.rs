@@ -45,6 +45,10 @@ keys! {
         node: Bounded<0, 1_023>,
         /// Whether it is locked in memory.
         lock_memory: bool,
+        /// Whether all of it is there from the start.
+        prefault: bool,
+        /// The guest's memory nodes.
+        numa: Vec<Spanned<NumaKeys>>,
         /// How many vCPUs.
         vcpus: VcpuCount,
         /// How the guest sees them.
@@ -77,6 +81,26 @@ keys! {
         on_reboot: OnReboot,
         /// Seconds that a guest may take to shut down when asked.
         shutdown_timeout: Bounded<0, 86_400>,
+    }
+}
+
+/// A vCPU's number, and how far a node is.
+pub(super) type VcpuNumber = Bounded<0, { MAX_VCPUS as i64 - 1 }>;
+pub(super) type Distance = Bounded<10, 254>;
+
+keys! {
+    /// One of `numa`: `[[vm.numa]]`.
+    NumaKeys in "`numa`" {
+        /// How much memory.
+        memory: Memory,
+        /// The vCPUs that are near it.
+        vcpus: Vec<Spanned<VcpuNumber>>,
+        /// The host's memory node that it lies on.
+        node: Bounded<0, 1_023>,
+        /// How far each node is, itself included.
+        distances: Vec<Spanned<Distance>>,
+        /// Whether the PCI devices are near it.
+        devices: bool,
     }
 }
 
@@ -144,12 +168,14 @@ keys! {
     }
 }
 
-nested!(DiskKeys, NetKeys, TopologyKeys);
+nested!(DiskKeys, NetKeys, NumaKeys, TopologyKeys);
 
 /// All keys of the vocabulary: (table, key). Documentation and the flags are checked against it.
 pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
     let of = |table: &'static str, keys: &'static [&'static str]| keys.iter().map(move |key| (table, *key));
-    let parts =
-        of("topology", TopologyKeys::KEYS).chain(of("net", NetKeys::KEYS)).chain(of("disk", DiskKeys::KEYS));
+    let parts = of("topology", TopologyKeys::KEYS)
+        .chain(of("numa", NumaKeys::KEYS))
+        .chain(of("net", NetKeys::KEYS))
+        .chain(of("disk", DiskKeys::KEYS));
     of("vm", VmKeys::KEYS).chain(parts).collect()
 }

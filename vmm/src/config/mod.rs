@@ -5,11 +5,13 @@
 
 mod flags;
 mod keys;
+mod nodes;
 #[cfg(test)]
 mod tests;
 mod validate;
 mod values;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,12 +35,16 @@ pub struct Config {
     pub initramfs: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
-    /// Bytes of memory, a multiple of the page size.
+    /// Bytes of memory in all, a multiple of the page size.
     pub memory: u64,
     /// What the memory is made of.
     pub pages: PageSize,
-    /// The host's memory node that it lies on, if that matters.
-    pub node: Option<u32>,
+    /// The parts of it, one at least, and the vCPUs that are near each.
+    pub nodes: Vec<GuestNode>,
+    /// Whether the guest is told of its nodes.
+    pub numa: bool,
+    /// Whether all of it is there from the start, also where nothing asks for that: huge pages, a lock, a back end.
+    pub prefault: bool,
     /// Whether it is locked in memory.
     pub lock_memory: bool,
     /// How many vCPUs, and how the guest sees them.
@@ -71,6 +77,21 @@ pub struct Config {
     pub on_reboot: OnReboot,
     /// How long a guest may take to shut down when asked.
     pub shutdown_timeout: Duration,
+}
+
+/// A memory node of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestNode {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// The vCPUs that are near it.
+    pub vcpus: Vec<u32>,
+    /// The host's memory node that it lies on, if that matters.
+    pub host: Option<u32>,
+    /// How far each of the guest's nodes is.
+    pub distances: Vec<u8>,
+    /// Whether the PCI devices are near it.
+    pub devices: bool,
 }
 
 /// One of `net`: a network card.
@@ -190,6 +211,34 @@ impl Config {
         problems: &mut Problems<'_>,
     ) -> Option<Self> {
         validate::of_table(table, at, file, run_dir, problems)
+    }
+
+    /// The host's memory node that the memory near a vCPU is to lie on.
+    pub fn host_node_of(&self, vcpu: usize) -> Option<u32> {
+        let near = |node: &&GuestNode| node.vcpus.iter().any(|number| *number as usize == vcpu);
+        self.nodes.iter().find(near)?.host
+    }
+
+    /// The host's memory nodes that its memory is to lie on, each once, ascending.
+    pub fn host_nodes(&self) -> Vec<u32> {
+        let mut nodes: Vec<u32> = self.nodes.iter().filter_map(|node| node.host).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
+    /// Bytes of memory by the host's node that they are to lie on.
+    pub fn memory_by_host_node(&self) -> BTreeMap<Option<u32>, u64> {
+        let mut sums = BTreeMap::new();
+        for node in &self.nodes {
+            *sums.entry(node.host).or_default() += node.memory;
+        }
+        sums
+    }
+
+    /// Whether other processes work on its memory.
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.net.iter().any(|card| matches!(card.back, NetBack::VhostUser(_)))
     }
 
     /// Validates keys that were given as flags: pairs of a key of `[vm]` and its value as text.

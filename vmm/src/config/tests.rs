@@ -169,6 +169,58 @@ fn disks_are_tables_or_flags_with_a_format_and_a_path() {
 }
 
 #[test]
+fn nodes_have_memory_vcpus_a_place_and_distances() {
+    let config = parse(
+        "kernel = 'k'\nvcpus = 3\n[[vm.numa]]\nmemory = '1 GiB'\nvcpus = [0, 2]\nnode = 1\n[[vm.numa]]\nmemory = '3 GiB'\nvcpus = [1]\ndevices = true",
+    )
+    .unwrap();
+    let [first, second] = config.nodes.as_slice() else { panic!("{:?}", config.nodes) };
+    assert_eq!((config.memory, config.numa, first.host, second.host), (4 << 30, true, Some(1), None));
+    assert_eq!((&first.distances[..], &second.distances[..]), (&[10, 20][..], &[20, 10][..]));
+    assert!(second.devices && !first.devices);
+    assert_eq!((config.host_node_of(2), config.host_node_of(1)), (Some(1), None));
+    let flags = ["memory=1GiB,vcpus=0:2,node=1,distances=10:31", "memory=1GiB,vcpus=1,distances=31:10"];
+    let mut given = vec![("kernel", "k".to_owned()), ("vcpus", "3".to_owned())];
+    given.extend(flags.map(|flag| ("numa", flag.to_owned())));
+    let config = Config::from_flags(&given).unwrap();
+    assert_eq!((&config.nodes[0].vcpus[..], &config.nodes[1].distances[..]), (&[0, 2][..], &[31, 10][..]));
+    given[2].1 = "1GiB,vcpus=0-2".to_owned();
+    given.pop();
+    assert_eq!(Config::from_flags(&given).unwrap().nodes[0].vcpus, [0, 1, 2]);
+    // Without it there is one node, which the guest is not told of.
+    let config = parse("kernel = 'k'\nvcpus = 2\nnode = 1").unwrap();
+    assert_eq!((config.nodes.len(), config.numa, config.host_node_of(1)), (1, false, Some(1)));
+}
+
+#[test]
+fn nodes_that_do_not_fit_together_are_refused() {
+    let of = |rest: &str| problem(&format!("vcpus = 2\nnuma = [{rest}]")).2;
+    assert!(of("{ memory = '1 GiB', vcpus = [0] }").contains("vCPU 1 is near no node"));
+    assert!(of("{ memory = '1 GiB', vcpus = [0, 1] }, { memory = '1 GiB', vcpus = [1] }").contains("twice"));
+    assert!(of("{ memory = '1 GiB', vcpus = [0, 1, 2] }").contains("there is no vCPU 2; they are 0 to 1"));
+    assert!(of("{ vcpus = [0, 1] }").contains("needs `memory`"));
+    assert!(
+        of("{ memory = '1 GiB', vcpus = [0, 1], distances = [10, 20] }").contains("2 of them for 1 nodes")
+    );
+    assert!(of("{ memory = '1 GiB', vcpus = [0, 1], distances = [20] }").contains("to itself"));
+    assert!(of("").contains("is empty"));
+    let pieces = "{ memory = '2 GiB' }, ".repeat(8);
+    assert!(of(&format!("{pieces}{{ memory = '1 GiB', vcpus = [0, 1] }}")).contains("10 pieces"));
+    let both = "memory = '2 GiB'\nnuma = [{ memory = '1 GiB', vcpus = [0] }]";
+    assert!(problem(both).2.contains("2048 MiB, but the nodes of `numa` have 1024 MiB"));
+    assert!(problem("node = 0\nnuma = [{ memory = '1 GiB', vcpus = [0] }]").2.contains("has its own"));
+}
+
+#[test]
+fn memory_that_must_be_there_cannot_be_left_for_later() {
+    for keys in ["pages = '2M'", "lock_memory = true", "net = [{ kind = 'vhost-user', socket = 's' }]"] {
+        assert!(problem(&format!("prefault = false\n{keys}")).2.contains("from the start, always"), "{keys}");
+    }
+    assert!(!parse("kernel = 'k'\nprefault = false").unwrap().prefault);
+    assert!(parse("kernel = 'k'\nprefault = true").unwrap().prefault);
+}
+
+#[test]
 fn two_consoles_do_not_go_to_one_place() {
     assert!(problem("console = \"stdio\"").2.contains("the serial console is there already"));
     assert!(problem("console = \"file:a\"\nserial = \"file:a\"").2.contains("a file of its own"));

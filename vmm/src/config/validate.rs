@@ -8,8 +8,9 @@ use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, TopologyKeys, VmKeys};
+use super::nodes::Given;
 use super::values::{NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
-use super::{Config, DiskConfig, MAX_VCPUS, NetBack, NetConfig, Topology, VhostUserConfig};
+use super::{Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, Topology, VhostUserConfig};
 
 const CMDLINE: &str = "console=ttyS0";
 const MEMORY: u64 = 512 << 20;
@@ -95,15 +96,37 @@ fn vm(
         keys.wrong.or_missing("kernel", at.clone(), "as in `kernel = \"vmlinux\"`", problems);
     }
     let pages = keys.pages.map_or(PageSize::Ordinary, Spanned::into_inner);
-    let memory = match keys.memory {
-        Some(amount) => checked_memory(&amount.span(), amount.get_ref().0, pages, problems),
-        None => MEMORY.next_multiple_of(bytes(pages)),
-    };
+    let given = keys.memory.as_ref().map(|amount| (amount.get_ref().0, amount.span()));
     let vcpus = keys.vcpus.as_ref().map(|count| (count.get_ref().get::<u32>(), count.span()));
     let topology = match keys.topology {
         Some(table) => topology(&table.span(), table.get_ref(), vcpus.as_ref().map(|v| v.0), problems),
         None => Topology { sockets: 1, cores: vcpus.map_or(1, |v| v.0), threads: 1 },
     };
+    let numa = keys.numa.is_some();
+    let nodes = match keys.numa {
+        Some(list) => {
+            let node = keys.node.as_ref().map(Spanned::span);
+            let given = Given { memory: given, node, pages, vcpus: topology.vcpus() };
+            if list.get_ref().is_empty() {
+                problems.add(list.span(), "`numa` is empty: a guest has one node at least");
+            }
+            super::nodes::nodes(list.into_inner(), &given, problems)
+        }
+        None => vec![GuestNode {
+            memory: match given {
+                Some((amount, span)) => checked_memory(&span, amount, pages, problems),
+                None => MEMORY.next_multiple_of(bytes(pages)),
+            },
+            vcpus: (0..topology.vcpus()).collect(),
+            host: keys.node.map(|node| node.get_ref().get()),
+            distances: vec![10],
+            devices: true,
+        }],
+    };
+    let memory = nodes.iter().map(|node| node.memory).sum();
+    if memory > MEMORY_MOST {
+        problems.add_general("`numa`: more than 16 TiB of memory in all");
+    }
     let vcpu_cores = keys.vcpu_cores.map(|list| {
         let (span, cores) = cores("vcpu_cores", list, problems);
         let (wanted, given) = (topology.vcpus(), cores.len());
@@ -158,6 +181,14 @@ fn vm(
         let message = "`console`: the serial console is there already; say `serial = \"off\"`, or give one of them a file of its own";
         problems.add(key.span(), message);
     }
+    let lock_memory = keys.lock_memory.is_some_and(Spanned::into_inner);
+    let shared = net.iter().any(|card| matches!(card.back, NetBack::VhostUser(_)));
+    let always = pages != PageSize::Ordinary || lock_memory || shared;
+    if let Some(key) = keys.prefault.as_ref().filter(|key| always && !*key.get_ref()) {
+        let message = "`prefault`: huge pages, locked memory and memory that a vhost-user back end works on are there from the start, always";
+        problems.add(key.span(), message);
+    }
+    let prefault = keys.prefault.is_some_and(Spanned::into_inner);
     let directory = file.parent();
     // Paths in a file are relative to it, so that a machine can be started from anywhere.
     let resolve = |path: &Path| directory.map_or_else(|| path.to_owned(), |directory| directory.join(path));
@@ -179,8 +210,10 @@ fn vm(
         cmdline: keys.cmdline.map_or_else(|| CMDLINE.to_owned(), |line| line.into_inner().0),
         memory,
         pages,
-        node: keys.node.map(|node| node.get_ref().get()),
-        lock_memory: keys.lock_memory.is_some_and(Spanned::into_inner),
+        nodes,
+        numa,
+        prefault,
+        lock_memory,
         topology,
         vcpu_cores,
         vcpu_priority: keys.vcpu_priority.map(|priority| priority.get_ref().get()),
@@ -290,7 +323,7 @@ fn default_name(file: &Path) -> String {
     if stem.is_empty() || !stem.chars().all(possible) { "vm".to_owned() } else { stem.to_owned() }
 }
 
-fn bytes(pages: PageSize) -> u64 {
+pub(super) fn bytes(pages: PageSize) -> u64 {
     match pages {
         PageSize::Auto | PageSize::Huge2M => 2 << 20,
         PageSize::Ordinary => 4 << 10,
@@ -298,7 +331,12 @@ fn bytes(pages: PageSize) -> u64 {
     }
 }
 
-fn checked_memory(span: &Range<usize>, amount: u64, pages: PageSize, problems: &mut Problems<'_>) -> u64 {
+pub(super) fn checked_memory(
+    span: &Range<usize>,
+    amount: u64,
+    pages: PageSize,
+    problems: &mut Problems<'_>,
+) -> u64 {
     if !(MEMORY_LEAST..=MEMORY_MOST).contains(&amount) {
         problems.add(span.clone(), "`memory`: wanted from 2 MiB to 16 TiB");
     } else if !amount.is_multiple_of(bytes(pages)) {

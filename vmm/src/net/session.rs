@@ -383,12 +383,14 @@ fn tell(
     let regions: Vec<_> = memory
         .regions()
         .iter()
-        .map(|region| MemoryRegion {
-            file: memory.file(),
-            size: region.guest.end - region.guest.start,
-            guest: region.guest.start,
-            user: region.host,
-            offset: region.file_offset,
+        .filter_map(|region| {
+            Some(MemoryRegion {
+                file: memory.file(region)?,
+                size: region.guest.end - region.guest.start,
+                guest: region.guest.start,
+                user: region.host,
+                offset: region.file_offset,
+            })
         })
         .collect();
     front.set_memory(&regions)?;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
 mod guest;
+mod poll;
 
 use std::time::{Duration, Instant};
 

@@ -21,6 +21,7 @@ use control::client;
 use switch::config::{Config, ConfigErrors, ThisMachine};
 use switch::control::report::StatsReport;
 
+use crate::node::cores::Planner;
 use crate::output;
 
 /// How long a switch that we start may take until its sockets are there.
@@ -175,7 +176,7 @@ impl Subject {
 
     /// Starts our switch in a process of its own, as a user would.
     fn start(file: &Path, run_dir: &Path) -> anyhow::Result<Self> {
-        let config = Config::load(file, run_dir, &ThisMachine::now())?;
+        let config = Config::load(file, run_dir, &ThisMachine::now().deciding(Planner::for_switch()))?;
         let servers: Vec<&Path> = config.ports.iter().filter_map(|p| p.behind.listens_on()).collect();
         let [first, second, ..] = servers.as_slice() else {
             bail!("{}: needs two ports with mode = \"server\" to measure between", file.display());

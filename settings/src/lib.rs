@@ -3,10 +3,12 @@
 //!
 //! Owns the reading and the wording. Never knows a key of anybody, never decides what keys mean together.
 
+mod fill;
 mod problem;
 pub mod table;
 pub mod values;
 
+pub use fill::{Fill, filled};
 pub use problem::{ConfigErrors, Problem, Problems, list, suggestion};
 pub use serde;
 pub use serde_spanned::Spanned;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use control::client;
 use host::doctor::Needs;
 use host::pci::{self, Bdf, bind};
+use host::plan::Plan;
 use host::topology::{self, HugePool};
 use host::tune::Division;
 use host::tune::profile::Profile;
@@ -20,6 +21,7 @@ use switch::config::ThisMachine;
 use switch::control::report::PortsReport;
 use vmm::preflight::Preflight;
 
+use super::cores::{CoresKeys, Planner};
 use super::planned::Planned;
 use super::state::State;
 use crate::output;
@@ -36,6 +38,8 @@ pub(super) struct Node {
     pub(super) switch: switch::config::Config,
     /// `[[vm]]`, with different names.
     pub(super) machines: Vec<vmm::config::Config>,
+    /// Who runs on which core, as far as the file leaves that open.
+    pub(super) cores: Option<Plan>,
 }
 
 /// `[host]`.
@@ -118,6 +122,8 @@ keys! {
     HostKeys in "[host]" {
         /// Huge pages that there must be.
         huge_pages: Vec<Spanned<PoolKeys>>,
+        /// How many cores, or which, for what; what of `[switch]` and `[[vm]]` is left open is chosen.
+        cores: CoresKeys,
         /// What becomes of a machine that ended.
         restart: Restart,
         /// A tuning profile: `nfv`, `realtime`, or a file.
@@ -160,7 +166,10 @@ nested!(PoolKeys);
 /// It cannot be read, or is no TOML.
 pub(super) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
     let text = settings::read_file(file)?;
-    settings::parse(&text, file, |document, _| Some(needs_of(document)))
+    settings::parse(&text, file, |document, _| {
+        let decided = Planner::now().fills(document, &mut Problems::of(&text));
+        Some(needs_of(&settings::filled(document, &decided)))
+    })
 }
 
 fn needs_of(document: &DeTable<'_>) -> Needs {
@@ -196,7 +205,9 @@ impl Node {
         let ours = ours.filter_map(|port| Some(port.socket.clone()?.into())).collect();
         let machine = ThisMachine::now().listening_on(ours);
         settings::parse(&text, file, |document, problems| {
-            Reader { document, file, run_dir, found, problems }.node(machine)
+            let decided = Planner::now().decide(document, problems);
+            let document = &settings::filled(document, &decided.fills);
+            Reader { document, file, run_dir, found, problems }.node(machine, decided.plan)
         })
     }
 }
@@ -230,7 +241,7 @@ impl Machine<'_, '_> {
 }
 
 impl<'a, 'd> Reader<'a, 'd, '_> {
-    fn node(mut self, machine: ThisMachine) -> Option<Node> {
+    fn node(mut self, machine: ThisMachine, cores: Option<Plan>) -> Option<Node> {
         let known = ["host", "nic", "switch", "port", "vm"];
         for key in self.document.keys().filter(|key| !known.contains(&key.get_ref().as_ref())) {
             // The switch's own reading complains about it as well, but does not know what else a node has.
@@ -262,7 +273,7 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
             }
         }
         let machines = machines.into_iter().map(|machine| machine.config).collect();
-        Some(Node { file: self.file.to_owned(), host, nics, switch: switch?, machines })
+        Some(Node { file: self.file.to_owned(), host, nics, switch: switch?, machines, cores })
     }
 
     fn host(&mut self) -> Host {

@@ -7,6 +7,7 @@ mod ask;
 mod changes;
 mod child;
 mod config;
+pub(crate) mod cores;
 mod plan;
 mod planned;
 mod process;

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::Result;
+use host::machine::Machine;
 use host::topology;
 use vmm::config::{NetBack, PageSize};
 
@@ -96,12 +97,23 @@ fn cores(node: &Node) -> Result<comfy_table::Table> {
             .for_each(|core| add(*core, format!("emulator of {}", machine.name)));
     }
     let root = Path::new("/");
-    let mut table = output::table(&["core", "memory node", "what runs there"], &[0, 1]);
-    for core in topology::online_cores(root)?.iter() {
-        let on = topology::node_of_core(root, core).map_or_else(|| "-".to_owned(), |node| node.to_string());
-        let what =
-            tasks.get(&core).map_or_else(|| "whatever the kernel puts there".to_owned(), |t| t.join(", "));
-        table.add_row([core.to_string(), on, what]);
+    let machine = Machine::read(root)?;
+    let threads = machine.cores.values().any(|core| core.threads.len() > 1);
+    let mut heads = vec!["core", "socket", "memory node", "what runs there"];
+    heads.extend(threads.then_some("threads"));
+    heads.extend(node.cores.as_ref().map(|_| "why"));
+    let mut table = output::table(&heads, &[0, 1, 2]);
+    for (number, core) in &machine.cores {
+        let why = node.cores.as_ref().and_then(|plan| plan.why.get(number));
+        let what = match (tasks.get(number), why) {
+            (Some(tasks), _) => tasks.join(", "),
+            (None, Some(_)) => "nothing".to_owned(),
+            (None, None) => "whatever the kernel puts there".to_owned(),
+        };
+        let mut row = vec![number.to_string(), core.socket.to_string(), core.node.to_string(), what];
+        row.extend(threads.then(|| core.threads.to_string()));
+        row.extend(node.cores.as_ref().map(|_| why.cloned().unwrap_or_default()));
+        table.add_row(row);
     }
     Ok(table)
 }

@@ -12,6 +12,7 @@ use switch::control::{door, report::PortsReport};
 use switch::sandbox::files::{FileAccess, Held};
 
 use super::Place;
+use crate::node::cores::Planner;
 use crate::output::{self, refuse};
 
 /// Checks `file`.
@@ -27,7 +28,8 @@ pub(super) fn run(file: &Path, place: &Place) -> Result<ExitCode> {
     let running =
         client::get::<PortsReport>(&door(&run_dir), "/v1/ports").map(|answer| answer.value.ports).ok();
     let ours = running.iter().flatten().filter_map(|port| Some(port.socket.clone()?.into())).collect();
-    match Config::load(file, &run_dir, &ThisMachine::now().listening_on(ours)) {
+    match Config::load(file, &run_dir, &ThisMachine::now().deciding(Planner::for_switch()).listening_on(ours))
+    {
         Ok(config) => {
             let mut text = report(&config, &run_dir)?;
             if running.is_some() {

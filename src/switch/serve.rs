@@ -17,6 +17,7 @@ use switch::sandbox::files::{FileAccess, Held};
 
 use super::Place;
 use crate::log;
+use crate::node::cores::Planner;
 use crate::output::refuse;
 
 /// Runs a switch until SIGTERM or SIGINT.
@@ -29,7 +30,7 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
         return Ok(refuse(error));
     }
     // Before any thread is pinned: a pinned thread sees only its own core.
-    let machine = ThisMachine::now();
+    let machine = ThisMachine::now().deciding(Planner::for_switch());
     let run_dir = match control::run_dir_of_server(place.run_dir.as_deref()) {
         Ok(run_dir) => run_dir,
         Err(error) => return Ok(refuse(error)),

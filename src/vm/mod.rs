@@ -13,6 +13,8 @@ use anyhow::Result;
 use clap::Args;
 use vmm::config::{Config, ConfigErrors};
 
+use crate::node::cores::Planner;
+
 /// Run a virtual machine.
 ///
 /// With a FILE, runs the machine that its `[vm]` describes until the guest turns itself off; without one, the flags describe
@@ -140,7 +142,9 @@ pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
                 Ok(run_dir) => run_dir,
                 Err(error) => return Ok(crate::output::refuse(error)),
             };
-            Config::load_of_node(file, name, &run_dir)
+            Config::load_of_node(file, name, &run_dir, |document, problems| {
+                Planner::now().fills(document, problems)
+            })
         }
         (Some(file), None) => Config::load(file),
         (None, _) => Config::from_flags(&args.keys.given()),

@@ -12,13 +12,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use host::pci::{Bdf, NotABdf};
 use host::topology::{self, CoreSet};
 use nix::unistd::{AccessFlags, Gid, Group};
+use settings::{DeTable, Fill, Problems};
 
 use super::{PortKind, SocketSide};
 use crate::sandbox::files::{FileAccess, directory_of};
 use crate::sandbox::{Devices, TUN};
 
+/// Decides values that a document leaves to the machine (`workers = "auto"`).
+pub type Decide = dyn Fn(&DeTable<'_>, &mut Problems<'_>) -> Vec<Fill> + Send + Sync;
+
 /// What validation asks of the machine. Each error is a sentence for the user.
 pub trait Surroundings {
+    /// Values that `document` leaves to the machine. What keeps them from being decided goes to `problems`.
+    fn decide(&self, _document: &DeTable<'_>, _problems: &mut Problems<'_>) -> Vec<Fill> {
+        Vec::new()
+    }
+
     /// Whether this process may run on `core`.
     ///
     /// # Errors
@@ -60,7 +69,7 @@ pub trait Surroundings {
 }
 
 /// The machine and the process that we are, as they were when this was made.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ThisMachine {
     online: Option<CoreSet>,
     permitted: Option<CoreSet>,
@@ -69,6 +78,7 @@ pub struct ThisMachine {
     /// Groups that were looked up, by name.
     groups: Arc<Mutex<BTreeMap<String, Gid>>>,
     confined: Option<Confined>,
+    decide: Option<Arc<Decide>>,
 }
 
 /// Directories with all that lies beneath, and device and inode of each when the switch started.
@@ -103,7 +113,22 @@ impl ThisMachine {
         let permitted = topology::permitted_cores().ok();
         // The kernel always tells; were it not to, a machine of a common size is supposed.
         let memory = nix::sys::sysinfo::sysinfo().map_or(64 << 30, |info| info.ram_total());
-        Self { online, permitted, memory, ours: Vec::new(), groups: Arc::default(), confined: None }
+        Self {
+            online,
+            permitted,
+            memory,
+            ours: Vec::new(),
+            groups: Arc::default(),
+            confined: None,
+            decide: None,
+        }
+    }
+
+    /// The same machine, on which somebody decides what documents leave open. He is asked again at each reload, by a thread that
+    /// is confined by then: whatever he reads of the machine he has read before.
+    #[must_use]
+    pub fn deciding(&self, decide: Arc<Decide>) -> Self {
+        Self { decide: Some(decide), ..self.clone() }
     }
 
     /// The same machine for a switch that runs, held to `devices`, and to `files` if to any. Ask before the thread is confined.
@@ -175,6 +200,10 @@ impl ThisMachine {
 }
 
 impl Surroundings for ThisMachine {
+    fn decide(&self, document: &DeTable<'_>, problems: &mut Problems<'_>) -> Vec<Fill> {
+        self.decide.as_ref().map_or_else(Vec::new, |decide| decide(document, problems))
+    }
+
     fn core(&self, core: u32) -> Result<(), String> {
         if let Some(online) = self.online.as_ref().filter(|online| !online.contains(core)) {
             return Err(format!("there is no core {core}: this machine has {online}"));

@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use behind::{Behind, Side};
 pub use feature::{Feature, FeatureSet};
 pub use keys::vocabulary;
-pub use machine::{Surroundings, ThisMachine};
+pub use machine::{Decide, Surroundings, ThisMachine};
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Problems};
 pub use values::{Idle, PortKind, SocketSide};
@@ -168,7 +168,9 @@ impl Config {
         surroundings: &dyn Surroundings,
     ) -> Result<Self, ConfigErrors> {
         settings::parse(text, file, |document, problems| {
-            validate::document(document, file, run_dir, surroundings, problems)
+            let decided = surroundings.decide(document, problems);
+            let document = settings::filled(document, &decided);
+            validate::document(&document, file, run_dir, surroundings, problems)
         })
     }
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
-use settings::{DeTable, Problems};
+use settings::{DeTable, Fill, Problems};
 pub use values::{DisabledExit, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
@@ -190,14 +190,21 @@ impl Config {
     }
 
     /// Reads the machine `name` of a node's file, which `cableway up` takes whole: a list, `[[vm]]`. Relative sockets are in
-    /// `run_dir`, as the switch's are.
+    /// `run_dir`, as the switch's are. `decide` gives the values that the file leaves open (`vcpu_cores = "auto"`).
     ///
     /// # Errors
     /// Everything that is wrong with this machine, or that there is none of this name.
-    pub fn load_of_node(file: &Path, name: &str, run_dir: &Path) -> Result<Self, ConfigErrors> {
+    pub fn load_of_node(
+        file: &Path,
+        name: &str,
+        run_dir: &Path,
+        decide: impl FnOnce(&DeTable<'_>, &mut Problems<'_>) -> Vec<Fill>,
+    ) -> Result<Self, ConfigErrors> {
         let text = settings::read_file(file)?;
         settings::parse(&text, file, |document, problems| {
-            validate::machine_of_node(document, name, file, run_dir, problems)
+            let decided = decide(document, problems);
+            let document = settings::filled(document, &decided);
+            validate::machine_of_node(&document, name, file, run_dir, problems)
         })
     }
 

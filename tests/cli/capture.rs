@@ -70,6 +70,36 @@ fn a_filter_and_a_length_choose_what_is_kept() {
     assert!(captured.len() > 5 && captured.iter().all(|(frame, _)| frame[..] == frames(10)[3][..20]));
 }
 
+/// A reader that we did not write, where it is installed.
+#[test]
+fn tcpdump_reads_every_frame_of_a_capture_in_order() {
+    if Command::new("tcpdump").arg("--version").output().is_err() {
+        println!("skipped: no tcpdump (Debian's package tcpdump)");
+        return;
+    }
+    let (place, _running) = replaying();
+    let file = place.0.path().join("out.pcapng");
+    for port in ["from", "to"] {
+        let output = place.ask(&["capture", port, "-w", file.to_str().unwrap(), "--seconds", "0.3"]);
+        assert!(output.status.success(), "{output:?}");
+        let captured = read(&file);
+        assert!(captured.len() > 50, "{} frames", captured.len());
+        let shown = Command::new("tcpdump").args(["-n", "-e", "-t", "-r"]).arg(&file).output().unwrap();
+        assert!(shown.status.success(), "{shown:?}");
+        let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+        let lines: Vec<_> = text.lines().filter(|line| line.contains("02:00:00:00:01:")).collect();
+        assert_eq!(lines.len(), captured.len(), "port {port}: {text:.500}");
+        for ((frame, _), line) in captured.iter().zip(lines) {
+            let address = |at: usize| {
+                frame[at..at + 6].iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(":")
+            };
+            let length = format!("length {}", frame.len());
+            assert!(line.contains(&address(0)) && line.contains(&address(6)), "{line}");
+            assert!(line.contains(&length), "{line}: wanted {length}");
+        }
+    }
+}
+
 #[test]
 fn mistakes_are_told_and_touch_no_file() {
     let (place, _running) = replaying();

@@ -119,11 +119,14 @@ pub(crate) fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     output::print(&text)?;
     drop((offering, reflecting));
     switch.shutdown();
-    Ok(if found.lost + found.corrupt == 0 && found.delivered > 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if found.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Found {
+    /// Frames came through, and all of them as they were sent.
+    fn is_sound(&self) -> bool {
+        self.lost + self.corrupt == 0 && self.delivered > 0
+    }
 }
 
 /// A learning bridge of two ports.
@@ -411,6 +414,17 @@ mod tests {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
         assert!(text.lines().filter(|l| l.contains('█')).count() >= 1 && !text.contains("LOST"));
+    }
+
+    #[test]
+    fn a_frame_lost_or_damaged_or_none_at_all_is_a_failure() {
+        let with = |change: fn(&mut Found)| {
+            let (mut found, ..) = found();
+            change(&mut found);
+            found.is_sound()
+        };
+        assert!(with(|_| {}));
+        assert!(!with(|f| f.lost = 1) && !with(|f| f.corrupt = 1) && !with(|f| f.delivered = 0));
     }
 
     #[test]

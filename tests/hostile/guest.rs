@@ -235,8 +235,12 @@ impl Guest {
 
     /// Puts a frame, behind an empty header, into fresh memory.
     pub(crate) fn place_frame(&mut self, frame: &[u8]) -> Desc {
-        let bytes = [&[0; HEADER][..], frame].concat();
-        Desc::read(self.place(&bytes), bytes.len() as u32)
+        self.place_bytes(&[&[0; HEADER][..], frame].concat())
+    }
+
+    /// Puts a header and a frame into fresh memory.
+    pub(crate) fn place_bytes(&mut self, bytes: &[u8]) -> Desc {
+        Desc::read(self.place(bytes), bytes.len() as u32)
     }
 
     /// Writes a chain to ring `q` and makes it available.
@@ -311,20 +315,22 @@ impl Guest {
         (0..size).filter(|i| flags(*i) & (1 << 15 | 1 << 7) == 1 << 15 | 1 << 7).count() as u16
     }
 
-    /// Waits until the device has used the last chain that was offered, however often the ring went round.
-    #[track_caller]
-    pub(crate) fn wait_taken(&self, q: u32, what: &str) {
+    /// Whether the device has used the last chain that was offered, however often the ring went round.
+    pub(crate) fn is_taken(&self, q: u32) -> bool {
         let base = u64::from(q) * RING;
         let ring = self.rings[q as usize].as_ref().unwrap();
-        let taken = || {
-            if !self.packed {
-                return self.memory.get16(base + USED + 2) == ring.offered;
-            }
-            let flags = self.memory.get16(base + u64::from(ring.last.0) * 16 + 14);
-            flags & (1 << 15 | 1 << 7) == if ring.last.1 { 1 << 15 | 1 << 7 } else { 0 }
-        };
+        if !self.packed {
+            return self.memory.get16(base + USED + 2) == ring.offered;
+        }
+        let flags = self.memory.get16(base + u64::from(ring.last.0) * 16 + 14);
+        flags & (1 << 15 | 1 << 7) == if ring.last.1 { 1 << 15 | 1 << 7 } else { 0 }
+    }
+
+    /// Waits until it has.
+    #[track_caller]
+    pub(crate) fn wait_taken(&self, q: u32, what: &str) {
         let start = Instant::now();
-        while !taken() {
+        while !self.is_taken(q) {
             assert!(start.elapsed() < Duration::from_secs(5), "not used: {what}");
             std::hint::spin_loop();
         }

@@ -1,6 +1,6 @@
 //! A switch process under attack, and what must hold of it whatever happens.
 //!
-//! Ports `g0` and `g1` belong to the well-behaved pair, `h0` and `h1` (in a VLAN of their own) to the attacker.
+//! Ports `g0` and `g1` belong to the well-behaved pair, `h0` and `h1` (in VLANs of their own, tagged or not) to the attacker.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -35,7 +35,7 @@ vlan = { access = 10 }
 name = "h0"
 kind = "vhost-user"
 socket = "h0.sock"
-vlan = { access = 66 }
+vlan = { trunk = ["60-70"], native = 66 }
 queue_pairs = 128
 learn_limit = 64
 max_memory = "64 GiB"
@@ -44,7 +44,7 @@ max_memory = "64 GiB"
 name = "h1"
 kind = "vhost-user"
 socket = "h1.sock"
-vlan = { access = 66 }
+vlan = { trunk = ["60-70"], native = 66 }
 queue_pairs = 2
 "#;
 

@@ -60,6 +60,7 @@ pub(crate) struct World {
     pair: Option<Pair>,
     dir: TempDir,
     before: Size,
+    begun: Instant,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -87,7 +88,8 @@ impl World {
             .spawn()
             .unwrap();
         let nothing = Size { descriptors: 0, resident: 0, threads: 0 };
-        let mut world = Self { process, pair: None, dir, before: nothing, _alone: alone };
+        let mut world =
+            Self { process, pair: None, dir, before: nothing, begun: Instant::now(), _alone: alone };
         for port in ["g0", "g1", "h0", "h1"] {
             world.wait("the switch has sockets", |w| w.socket(port).exists());
         }
@@ -252,6 +254,9 @@ impl World {
         let (came, went) = (total("received") + total("replicas"), total("sent") + total("dropped"));
         assert_eq!(came, went, "{totals}");
         assert!(!self.log().contains("panicked"), "{}", self.log());
+        // Each of two ports: eight lines at once and one a second, of what was wrong and of who came and went; and each stop.
+        let (lines, most) = (self.log().lines().count() as u64, 100 + 10 * self.begun.elapsed().as_secs());
+        assert!(lines <= most, "{lines} lines in the log, not {most}:\n{}", self.log());
         assert_eq!(self.process.try_wait().unwrap(), None);
     }
 }

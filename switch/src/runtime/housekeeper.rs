@@ -1,12 +1,13 @@
 //! The housekeeping thread: everything that is rare. It opens and closes ports, builds plans, ages addresses, places queues
 //! on workers and answers what workers report.
 
+mod stopping;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, select};
-use virtio::device::RingError;
 
 use super::attached::{self, Attached};
 use super::placement::{Queue, load, place, rebalance};
@@ -86,6 +87,8 @@ impl Housekeeper {
 
     /// Works until told to stop.
     pub(super) fn run(&mut self, orders: &Receiver<Command>, inbox: &Receiver<Event>) {
+        // Not when nothing happens for a while: a front end may see to it that something always does.
+        let mut due = Instant::now() + TICK;
         loop {
             select! {
                 recv(orders) -> order => match order {
@@ -99,7 +102,11 @@ impl Housekeeper {
                 recv(inbox) -> event => if let Ok(event) = event {
                     self.event(event, inbox);
                 },
-                default(TICK) => self.tick(),
+                default(due.saturating_duration_since(Instant::now())) => {}
+            }
+            if Instant::now() >= due {
+                self.tick();
+                due = Instant::now() + TICK;
             }
         }
         // Sessions close while the workers still run: a ring is taken from a worker, never torn away.
@@ -133,33 +140,6 @@ impl Housekeeper {
                 self.republish();
             }
         }
-    }
-
-    /// A guest broke a ring: its port stops, with the reason where a user sees it. Nobody else notices.
-    fn broken(&mut self, number: u16, queue: u16, reason: &str) {
-        if !self.is_broken(number) {
-            return;
-        }
-        let ring = if queue % 2 == 1 { "tx" } else { "rx" };
-        self.stop_port(number, &format!("{ring} ring {}: {reason}", queue / 2));
-    }
-
-    /// A device failed: its port stops until it can be opened again.
-    fn device_gone(&mut self, number: u16, reason: &str) {
-        let port = self.ports.iter().find(|p| p.port.number() == number);
-        let Some(port) = port.filter(|_| self.is_broken(number)) else { return };
-        let text = match &port.config.behind {
-            Behind::Pcap(_) => format!("recording ended ({reason}); to go on, take the port out and reload"),
-            Behind::Nic { device, .. } => format!("card {device}: {reason}"),
-            other => format!("interface {} is gone or down ({reason})", other.device().unwrap_or_default()),
-        };
-        self.stop_port(number, &text);
-    }
-
-    /// Whether what was told of this port is still true: it may have been started anew since, or its number be another port's.
-    fn is_broken(&self, number: u16) -> bool {
-        let port = self.ports.iter().find(|p| p.port.number() == number);
-        port.is_some_and(|p| p.port.shared().broken.load(Ordering::Acquire))
     }
 
     /// Opens devices that are there again.
@@ -225,14 +205,6 @@ impl Housekeeper {
         }
     }
 
-    fn stop_port(&mut self, number: u16, text: &str) {
-        let Some(port) = self.ports.iter().find(|p| p.port.number() == number) else { return };
-        if port.port.stop(text) {
-            tracing::warn!("port {} stopped: {text}", port.config.name);
-        }
-        self.republish();
-    }
-
     fn tick(&mut self) {
         self.age();
         self.shared.plans.collect();
@@ -255,28 +227,6 @@ impl Housekeeper {
         let active: usize = self.ports.iter().map(|p| p.port.polled().len()).sum();
         if active != self.places.len() {
             self.republish();
-        }
-    }
-
-    /// Finds what no worker told of: a guest that cut off its memory file while no frame flies, and rings that broke when more
-    /// happened than the channel has room for.
-    fn find_broken(&mut self) {
-        let mut found = Vec::new();
-        for running in &self.ports {
-            let shared = running.port.shared();
-            if matches!(shared.state(), PortState::Stopped(_)) || matches!(running.port, Attached::Device(_))
-            {
-                continue;
-            }
-            if running.port.memory_gone() {
-                shared.broken.store(true, Ordering::Release);
-                found.push((shared.number, RingError::MemoryGone.to_string()));
-            } else if shared.broken.load(Ordering::Acquire) {
-                found.push((shared.number, "a ring broke".to_owned()));
-            }
-        }
-        for (number, reason) in found {
-            self.stop_port(number, &reason);
         }
     }
 

@@ -30,6 +30,8 @@ pub(super) struct RunningPort {
     _session: Option<SessionHandle>,
     /// When opening a device was last tried.
     pub(super) tried: Instant,
+    /// When the log was last told that it stopped.
+    pub(super) told: Option<Instant>,
 }
 
 impl RunningPort {
@@ -111,7 +113,7 @@ pub(super) fn open(
         }
     };
     let (storm, tried) = (storm_guard(&config.storm), Instant::now());
-    Ok(RunningPort { storm, config: config.clone(), port, _session: session, tried })
+    Ok(RunningPort { storm, config: config.clone(), port, _session: session, tried, told: None })
 }
 
 fn open_session(

@@ -196,6 +196,8 @@ impl Device for VhostDevice {
         self.port.halt();
         *self.port.memory.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let shared = &self.port.shared;
+        // What broke is gone with its front end: housekeeping, if it hears of it only now, has nothing to stop.
+        shared.broken.store(false, Ordering::Release);
         self.info(|i| i.last_end = Some(reason.to_owned()));
         shared.set_state(PortState::Waiting);
         shared.events.send(Event::RingsChanged);

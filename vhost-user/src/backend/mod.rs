@@ -200,8 +200,11 @@ impl Server {
                     continue;
                 }
             };
-            tracing::info!("port {}: front end connected", self.port);
-            lock(&self.session).connected();
+            {
+                let mut session = lock(&self.session);
+                session.visit("front end connected");
+                session.connected();
+            }
             let reason = if self.stop.hold(Some(socket.clone())) {
                 self.converse(stream, socket).unwrap_or_else(|broken| {
                     let reason = broken.to_string();
@@ -214,8 +217,9 @@ impl Server {
                 "the switch closed the port".to_owned()
             };
             self.stop.hold(None);
-            lock(&self.session).disconnected(&reason);
-            tracing::info!("port {}: front end disconnected: {reason}", self.port);
+            let mut session = lock(&self.session);
+            session.disconnected(&reason);
+            session.visit(&format!("front end disconnected: {reason}"));
         }
     }
 

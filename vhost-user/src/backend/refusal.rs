@@ -90,7 +90,7 @@ impl Refusal {
 const BURST: u32 = 8;
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Warns about one port, at a bounded rate.
+/// Writes about one port, at a bounded rate.
 pub(crate) struct Complaints {
     port: String,
     allowed: u32,
@@ -117,16 +117,28 @@ impl Complaints {
 
     /// Writes what is wrong, unless too much was written lately; then how much was left out is written later.
     pub(crate) fn warn(&mut self, what: &str) {
+        if let Some(left_out) = self.next() {
+            tracing::warn!("port {}: {what}{left_out}", self.port);
+        }
+    }
+
+    /// As [`Self::warn`], what is as it should be.
+    pub(crate) fn info(&mut self, what: &str) {
+        if let Some(left_out) = self.next() {
+            tracing::info!("port {}: {what}{left_out}", self.port);
+        }
+    }
+
+    /// What to say of the lines before that were left out, if another may be written.
+    fn next(&mut self) -> Option<String> {
         if !self.may(Instant::now()) {
             self.silent += 1;
-            return;
+            return None;
         }
-        match std::mem::take(&mut self.silent) {
-            0 => tracing::warn!("port {}: {what}", self.port),
-            left_out => {
-                tracing::warn!("port {}: {what} ({left_out} warnings before this were left out)", self.port)
-            }
-        }
+        Some(match std::mem::take(&mut self.silent) {
+            0 => String::new(),
+            left_out => format!(" ({left_out} lines before this were left out)"),
+        })
     }
 }
 

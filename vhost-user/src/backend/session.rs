@@ -27,6 +27,8 @@ pub(crate) struct Session {
     pub(super) device: Box<dyn Device>,
     options: Options,
     complaints: Complaints,
+    /// Who came and went.
+    visits: Complaints,
     /// The message being handled, for reports.
     pub(super) message: String,
     /// Why it was refused.
@@ -48,11 +50,12 @@ pub(crate) struct Session {
 
 impl Session {
     pub(super) fn new(options: Options, device: Box<dyn Device>) -> Self {
-        let complaints = Complaints::new(&options.name);
+        let [complaints, visits] = [(); 2].map(|()| Complaints::new(&options.name));
         Self {
             device,
             options,
             complaints,
+            visits,
             message: String::new(),
             refused: None,
             features_read: false,
@@ -114,6 +117,11 @@ impl Session {
     /// Writes down something about the connection.
     pub(super) fn complain(&mut self, what: &str) {
         self.complaints.warn(what);
+    }
+
+    /// Writes down that a front end came or went.
+    pub(super) fn visit(&mut self, what: &str) {
+        self.visits.info(what);
     }
 
     /// Whether a front end that asks for an answer gets one.

@@ -135,6 +135,16 @@ text! {
     };
 }
 
+impl std::str::FromStr for HardwareAddress {
+    type Err = String;
+
+    /// As it is written in a file.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = serde::de::value::StrDeserializer::<serde::de::value::Error>::new(text);
+        serde::Deserialize::deserialize(text).map_err(|error| error.to_string())
+    }
+}
+
 /// A value that is one of a few words.
 #[macro_export]
 macro_rules! words {

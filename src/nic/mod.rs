@@ -1,6 +1,7 @@
 //! `cableway nic`: the machine's network cards, who has them, and how they change hands.
 
 mod show;
+mod vf;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -24,6 +25,8 @@ pub(crate) enum NicCommand {
     Unbind(UnbindArgs),
     /// Make virtual functions of a card, in place of those that there are.
     Vfs(VfsArgs),
+    /// Change what a virtual function may, as `ip link set … vf` does, or show it. Its driver begins anew.
+    Vf(vf::VfArgs),
 }
 
 #[derive(Args)]
@@ -91,6 +94,7 @@ pub(crate) fn run(command: NicCommand) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        NicCommand::Vf(args) => vf::run(root, &args),
         NicCommand::Vfs(VfsArgs { bdf, count }) => {
             match bind::set_virtuals(root, bdf, count) {
                 Err(error @ bind::BindError::Write { .. }) => return Err(error.into()),

@@ -12,6 +12,10 @@ use super::{Bdf, Function, VFIO, find, folder, listed};
 /// next start.
 const REMEMBERED: &str = "run/cableway/nic";
 
+/// Below the root: whether vfio-pci makes virtual functions. Off unless somebody wants it, as whoever has the physical function can
+/// harm who has a virtual one: they prove to each other by a token that they know each other.
+const SRIOV_SWITCH: &str = "sys/module/vfio_pci/parameters/enable_sriov";
+
 /// Why a function stays with the driver that it has.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -98,12 +102,17 @@ pub enum BindError {
         /// What it has.
         most: u16,
     },
-    /// vfio-pci was not told that it may.
+    /// vfio-pci was not told that it may, and cannot be told now.
     #[error(
-        "{0} is bound to vfio-pci, which makes virtual functions only when allowed to: echo Y > \
-         /sys/module/vfio_pci/parameters/enable_sriov"
+        "{bdf} is bound to vfio-pci, which makes virtual functions only when allowed to ({source}): as root, echo Y > \
+         /{SRIOV_SWITCH}, or modprobe vfio-pci enable_sriov=1"
     )]
-    VfioMakesNoVirtuals(Bdf),
+    VfioMakesNoVirtuals {
+        /// The function.
+        bdf: Bdf,
+        /// Why.
+        source: io::Error,
+    },
 }
 
 fn hint(source: &io::Error) -> &'static str {
@@ -251,7 +260,8 @@ fn give_back(root: &Path, bdf: Bdf) -> Result<(), BindError> {
     Ok(())
 }
 
-/// Makes so many virtual functions of `bdf`, in place of those that there are.
+/// Makes so many virtual functions of `bdf`, in place of those that there are. Those of a function that is with vfio-pci are with it as
+/// well, which is switched on to make any.
 ///
 /// # Errors
 /// It cannot have so many, or the kernel refuses.
@@ -262,9 +272,11 @@ pub fn set_virtuals(root: &Path, bdf: Bdf, count: u16) -> Result<(), BindError> 
         return Err(BindError::TooManyVirtuals { bdf, wanted: count, most });
     }
     if function.driver.as_deref() == Some(VFIO) {
-        let allowed = fs::read_to_string(root.join("sys/module/vfio_pci/parameters/enable_sriov"));
-        if count > 0 && allowed.unwrap_or_default().trim() != "Y" {
-            return Err(BindError::VfioMakesNoVirtuals(bdf));
+        let switch = root.join(SRIOV_SWITCH);
+        if count > 0 && fs::read_to_string(&switch).unwrap_or_default().trim() != "Y" {
+            let on = fs::OpenOptions::new().write(true).truncate(true).open(&switch);
+            on.and_then(|mut file| io::Write::write_all(&mut file, b"Y"))
+                .map_err(|source| BindError::VfioMakesNoVirtuals { bdf, source })?;
         }
     }
     let file = folder(root, bdf).join("sriov_numvfs");
@@ -389,7 +401,8 @@ mod tests {
         machine.link(&format!("{at}/driver"), "../../drivers/vfio-pci");
         assert!(set(2).unwrap_err().contains("enable_sriov"));
         assert_eq!(set(0), Ok(()));
-        machine.file("sys/module/vfio_pci/parameters/enable_sriov", "Y\n");
+        machine.file("sys/module/vfio_pci/parameters/enable_sriov", "N\n");
         assert_eq!(set(2), Ok(()));
+        assert_eq!(machine.read("sys/module/vfio_pci/parameters/enable_sriov"), "Y");
     }
 }

@@ -69,7 +69,8 @@ impl Container {
         Ok(Arc::new(Self { file, state: Mutex::default() }))
     }
 
-    /// Opens the function at `bdf`, with the token of virtual functions if one is needed, and resets it.
+    /// Opens the function at `bdf`, with a token if one is needed (of a virtual function whose physical one
+    /// is with vfio-pci) or to be set (of that one), and resets it.
     ///
     /// # Errors
     /// It cannot be had; the message says why and what to do.

@@ -108,9 +108,13 @@ impl Device {
         .into_bytes();
         // SAFETY: the request takes a text that ends with a zero.
         let opened = unsafe { sys::with_bytes(group_file.as_fd(), sys::GROUP_GET_DEVICE_FD, &mut name) };
-        let fd: RawFd = opened.map_err(|source| match (source.raw_os_error(), function.physical) {
-            (Some(libc::EACCES), Some(physical)) => VfioError::Token { bdf, physical },
-            (Some(libc::EBUSY), _) => VfioError::Busy { bdf, group },
+        // vfio_pci_validate_vf_token says which is which.
+        let fd: RawFd = opened.map_err(|source| match (source.raw_os_error(), function.physical, token) {
+            (Some(libc::EACCES), Some(physical), None) => VfioError::NoToken { bdf, physical },
+            (Some(libc::EACCES), Some(physical), Some(_)) => VfioError::WrongToken { bdf, physical },
+            (Some(libc::EACCES), None, _) => VfioError::PhysicalToken(bdf),
+            (Some(libc::EINVAL), _, Some(_)) => VfioError::TokenUnwanted(bdf),
+            (Some(libc::EBUSY), ..) => VfioError::Busy { bdf, group },
             _ => failed("opening it")(source),
         })?;
         // SAFETY: the kernel made this descriptor for us just now.

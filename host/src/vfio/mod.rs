@@ -89,12 +89,35 @@ pub enum VfioError {
         "{bdf} is a virtual function of {physical}, which is with vfio-pci: give the token that the user of {physical} set, \
          as in `vf_token = \"2ab74924-c335-45f4-9b16-8569e5b08258\"`"
     )]
-    Token {
+    NoToken {
         /// The function.
         bdf: Bdf,
         /// The physical function.
         physical: Bdf,
     },
+    /// The same, with a token that is not that of the physical one.
+    #[error(
+        "{bdf}: the token is not the one that the user of its physical function {physical} set, or nobody has opened {physical} \
+         yet: give both the same `vf_token`, and start the user of {physical}"
+    )]
+    WrongToken {
+        /// The function.
+        bdf: Bdf,
+        /// The physical function.
+        physical: Bdf,
+    },
+    /// A physical function whose virtual ones were opened with another token, or none was given.
+    #[error(
+        "virtual functions of {0} are in use, with a token that is not the one given: give the `vf_token` with which {0} was \
+         opened before, or end their users first"
+    )]
+    PhysicalToken(Bdf),
+    /// A token where none belongs.
+    #[error(
+        "{0} takes no token: it is no virtual function whose physical one is with vfio-pci, and has none of its own; take \
+         `vf_token` out"
+    )]
+    TokenUnwanted(Bdf),
     /// The process may pin too little memory.
     #[error(
         "cannot pin {} MiB of memory for devices, the limit is {} MiB: ulimit -l {}, or LimitMEMLOCK={}M in the service's unit",
@@ -135,11 +158,17 @@ pub enum VfioError {
 }
 
 impl VfioError {
-    /// Whether it may be otherwise in a moment: a function whose former user is just ending, or that is just being bound.
+    /// Whether it may be otherwise in a moment: a function whose former user is just ending, or that is just being bound, or whose
+    /// physical function is not open yet.
     pub fn may_pass(&self) -> bool {
         matches!(
             self,
-            Self::Unknown(_) | Self::NotBound { .. } | Self::GroupNotViable { .. } | Self::Busy { .. }
+            Self::Unknown(_)
+                | Self::NotBound { .. }
+                | Self::GroupNotViable { .. }
+                | Self::Busy { .. }
+                | Self::WrongToken { .. }
+                | Self::PhysicalToken(_)
         )
     }
 }

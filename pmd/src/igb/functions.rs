@@ -13,7 +13,7 @@ use super::regs::{
     VT_CTL,
 };
 use crate::access::{Bar, Bits, GONE, PciDevice, Regs};
-use crate::intel::regs::{MRQC, RAH, RAL, RCTL};
+use crate::intel::regs::{MRQC, RAH, RAL, RCTL, STATUS};
 use crate::intel::{self, Adapter, Groups, Physical};
 use crate::nic::{DeviceError, Mac, Options};
 
@@ -347,6 +347,11 @@ impl intel::Functions for Functions {
         if self.each.is_empty() { 0 } else { 1 << self.own() }
     }
 
+    fn are_those_of(&self, status: u32) -> bool {
+        let there = if STATUS::IOV_MODE.are_in(status) { STATUS::NUM_VFS.of(status) } else { 0 };
+        there == self.own()
+    }
+
     fn begin<B: Bar>(&mut self, regs: &Regs<B>) {
         if self.each.is_empty() {
             return;
@@ -418,39 +423,64 @@ impl<D: PciDevice> Adapter<D, I82576> {
     /// # Errors
     /// There is none of that number; another one, or the adapter, has the address; or it is no address.
     pub fn set_virtual_function(&mut self, number: u32, settings: Settings) -> Result<(), DeviceError> {
+        self.grant(&[(number, settings)])
+    }
+
+    /// Changes what all virtual functions may, those beyond the end of `settings` to the default; all or none. Drivers of those that
+    /// are as they were notice nothing.
+    ///
+    /// # Errors
+    /// There are fewer; or as for [`Adapter::set_virtual_function`].
+    pub fn set_virtual_functions(&mut self, settings: &[Settings]) -> Result<(), DeviceError> {
+        let count = self.functions.each.len().max(settings.len());
+        let wanted = (0..count).map(|n| settings.get(n).copied().unwrap_or_default());
+        let is = |n: usize| self.functions.each.get(n).map(|f| f.settings);
+        let changes: Vec<_> = (0..).zip(wanted).filter(|&(n, s)| is(n as usize) != Some(s)).collect();
+        self.grant(&changes)
+    }
+
+    fn grant(&mut self, changes: &[(u32, Settings)]) -> Result<(), DeviceError> {
         let refused = |what| DeviceError::Unsupported { card: <I82576 as intel::Card>::NAME, what };
         let functions = &mut self.functions;
-        if number >= functions.own() {
-            return Err(refused("a virtual function of that number: turn on more before it is opened"));
+        let mut macs: Vec<Mac> = functions.each.iter().map(|f| f.mac).collect();
+        for (number, settings) in changes {
+            let mac = macs.get_mut(*number as usize);
+            let mac = mac.ok_or_else(|| {
+                refused("a virtual function of that number: turn on more before it is opened")
+            })?;
+            *mac = settings.mac.unwrap_or(made_up(functions.mac, *number));
+            if settings.vlan.is_some_and(|tag| !(1..4095).contains(&(tag & 0xfff))) {
+                return Err(refused("a VLAN but 1 to 4094"));
+            }
         }
-        let mac = settings.mac.unwrap_or(made_up(functions.mac, number));
-        let [first, ..] = mac;
-        let others = functions.each.iter().enumerate().filter(|&(n, _)| n != number as usize);
-        if first & 1 != 0
-            || mac == [0; 6]
-            || mac == functions.mac
-            || others.map(|(_, f)| f.mac).any(|m| m == mac)
-        {
-            return Err(refused("an address that another function has, or a group's"));
-        }
-        if settings.vlan.is_some_and(|tag| !(1..4095).contains(&(tag & 0xfff))) {
-            return Err(refused("a VLAN but 1 to 4094"));
+        for (number, _) in changes {
+            let Some(&mac) = macs.get(*number as usize) else { continue };
+            let [first, ..] = mac;
+            let twice = macs.iter().filter(|other| **other == mac).count() > 1;
+            if first & 1 != 0 || mac == [0; 6] || mac == functions.mac || twice {
+                return Err(refused("an address that another function has, or a group's"));
+            }
         }
         let regs = self.core.regs();
-        functions.forget(regs, number);
-        if let Some(function) = functions.each.get_mut(number as usize) {
-            (function.mac, function.settings) = (mac, settings);
+        for &(number, settings) in changes {
+            functions.forget(regs, number);
+            if let (Some(function), Some(mac)) =
+                (functions.each.get_mut(number as usize), macs.get(number as usize))
+            {
+                (function.mac, function.settings) = (*mac, settings);
+            }
+            functions.apply(regs, number);
         }
-        functions.apply(regs, number);
         functions.apply_vlans(regs);
-        mailbox::tell(regs, number, CONTROL);
+        for &(number, _) in changes {
+            mailbox::tell(regs, number, CONTROL);
+        }
         Ok(())
     }
 }
 
 /// What an adapter without functions has, and one with them begins with.
 pub(super) fn find<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<Functions, DeviceError> {
-    use crate::intel::regs::STATUS;
     let status = regs.read(STATUS);
     if STATUS::IOV_MODE.are_in(status) {
         Functions::prepare(regs, STATUS::NUM_VFS.of(status), options)

@@ -9,6 +9,8 @@ use crate::nic::DeviceError;
 
 /// How long the adapter's driver may take to answer. Ours looks ten times a second; Intel's are told by an interrupt.
 const LIMIT: Duration = Duration::from_secs(2);
+/// How long the adapter may take to let its functions begin: whoever waits for one asks again.
+const BEGIN_LIMIT: Duration = Duration::from_millis(300);
 const STEP: Duration = Duration::from_micros(500);
 
 /// Words that are read of an answer.
@@ -37,6 +39,7 @@ impl Mailbox {
         (name, bits): (&str, Bits<V2PMAILBOX>),
         wanted: bool,
         ask: Bits<V2PMAILBOX>,
+        limit: Duration,
     ) -> Result<(), WaitError> {
         let register = || format!("V2PMAILBOX.{name}");
         let mut waited = Duration::ZERO;
@@ -49,7 +52,7 @@ impl Mailbox {
                 self.0 &= !bits.value();
                 return Ok(());
             }
-            if waited >= LIMIT {
+            if waited >= limit {
                 let wanted = if wanted { bits.value() } else { 0 };
                 return Err(WaitError::Timeout {
                     register: register(),
@@ -66,14 +69,14 @@ impl Mailbox {
     /// Waits until the adapter lets its functions begin.
     pub(super) fn wait_for_adapter<B: Bar>(&mut self, regs: &Regs<B>) -> Result<(), WaitError> {
         self.0 = 0;
-        self.wait(regs, ("RSTI", V2PMAILBOX::RSTI), false, Bits::new(0))
+        self.wait(regs, ("RSTI", V2PMAILBOX::RSTI), false, Bits::new(0), BEGIN_LIMIT)
     }
 
     /// Asks, and waits for the answer. What was asked before and answered too late is not taken for it.
     pub(super) fn ask<B: Bar>(&mut self, regs: &Regs<B>, words: &[u32]) -> Result<Answer, WaitError> {
         self.0 = 0;
         let nothing = Bits::new(0);
-        self.wait(regs, ("VFU", V2PMAILBOX::VFU), true, V2PMAILBOX::VFU)?;
+        self.wait(regs, ("VFU", V2PMAILBOX::VFU), true, V2PMAILBOX::VFU, LIMIT)?;
         for (i, word) in (0..WORDS).zip(words) {
             regs.write_number(VMBMEM(i), *word);
         }
@@ -82,7 +85,7 @@ impl Mailbox {
         let kind = words.first().copied().unwrap_or_default() & KIND;
         // A word of the adapter's own may come first, and one more while that is read.
         for _ in 0..4 {
-            self.wait(regs, ("PFSTS", V2PMAILBOX::PFSTS), true, nothing)?;
+            self.wait(regs, ("PFSTS", V2PMAILBOX::PFSTS), true, nothing, LIMIT)?;
             let answer = self.read(regs)?;
             let [first, ..] = answer;
             if first & KIND == kind && first & (ACK | NACK) != 0 {
@@ -95,7 +98,7 @@ impl Mailbox {
 
     /// Reads what lies in the mailbox, and says so.
     fn read<B: Bar>(&mut self, regs: &Regs<B>) -> Result<Answer, WaitError> {
-        self.wait(regs, ("VFU", V2PMAILBOX::VFU), true, V2PMAILBOX::VFU)?;
+        self.wait(regs, ("VFU", V2PMAILBOX::VFU), true, V2PMAILBOX::VFU, LIMIT)?;
         let answer = std::array::from_fn(|i| regs.read(VMBMEM(i as u32)));
         regs.write(V2PMAILBOX, V2PMAILBOX::ACK);
         Ok(answer)

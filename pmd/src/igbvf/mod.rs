@@ -108,7 +108,10 @@ impl<D: PciDevice> Igbvf<D> {
         let regs = self.core.regs();
         regs.write(VTCTRL, VTCTRL::RST);
         regs.pause(Duration::from_millis(1));
-        self.mailbox.wait_for_adapter(regs)?;
+        self.mailbox.wait_for_adapter(regs).map_err(|error| match error {
+            WaitError::Timeout { .. } => DeviceError::NoAdapter(error),
+            gone @ WaitError::Gone { .. } => gone.into(),
+        })?;
         let [answer, low, high] = self.mailbox.ask(regs, &[message::RESET])?;
         let mac = message::mac_of([low, high]);
         if answer & ACK == 0 || mac == [0; 6] {
@@ -231,10 +234,14 @@ impl<D: PciDevice> Nic for Igbvf<D> {
     }
 
     fn link(&mut self) -> Result<Link, DeviceError> {
-        if self.core.state.runs()
-            && let Err(reason) = self.mailbox.check(self.core.regs())
-        {
-            self.core.state.fail(reason);
+        if self.core.state.runs() {
+            let regs = self.core.regs();
+            if let Err(reason) = self.mailbox.check(regs) {
+                self.core.state.fail(reason);
+            } else if !RXDCTL::ENABLE.are_in(regs.read(RXDCTL(0))) {
+                // A reset that the mailbox did not tell of: the bus resets an adapter together with its functions' registers.
+                self.core.state.fail(DeviceError::Revoked);
+            }
         }
         match self.core.look() {
             Ok(status) => {

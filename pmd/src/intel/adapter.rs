@@ -99,6 +99,11 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
 
     fn link(&mut self) -> Result<Link, DeviceError> {
         match self.core.look() {
+            Ok(status) if !self.functions.are_those_of(status) => {
+                self.core.state.fail(DeviceError::OtherFunctions);
+                self.core.stop();
+                Err(DeviceError::OtherFunctions)
+            }
             Ok(status) => {
                 self.serve();
                 let speed = match STATUS::SPEED.of(status) {

@@ -17,6 +17,11 @@ pub trait Functions: Send + 'static {
         0
     }
 
+    /// Whether there still are as many as the adapter was shared out among, by what STATUS reads.
+    fn are_those_of(&self, _status: u32) -> bool {
+        true
+    }
+
     /// The adapter is ready: its functions may begin.
     fn begin<B: Bar>(&mut self, _: &Regs<B>) {}
 

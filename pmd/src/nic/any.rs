@@ -15,7 +15,7 @@ use crate::access::vfio::VfioFunction;
 use crate::access::{PciDevice, config};
 use crate::dma::Arena;
 use crate::e1000e::E1000e;
-use crate::igb::Igb;
+use crate::igb::{Igb, Settings, VirtualFunction};
 use crate::igbvf::Igbvf;
 use crate::virtio_net::VirtioNet;
 
@@ -119,10 +119,38 @@ impl AnyNic {
         each!(AnyNic, self, nic => nic.wait_for_link(limit))
     }
 
+    /// The virtual functions that it administers.
+    pub fn virtual_functions(&self) -> &[VirtualFunction] {
+        match self {
+            Self::Igb(nic) => nic.virtual_functions(),
+            Self::E1000e(_) | Self::Igbvf(_) | Self::VirtioNet(_) => &[],
+        }
+    }
+
+    /// Changes what all virtual functions may, those beyond the end of `settings` to the default; all or none. Drivers of those that
+    /// change have to begin anew, and are told.
+    ///
+    /// # Errors
+    /// There are fewer, or one may not have its address.
+    pub fn set_virtual_functions(&mut self, settings: &[Settings]) -> Result<(), DeviceError> {
+        match self {
+            Self::Igb(nic) => nic.set_virtual_functions(settings),
+            Self::E1000e(_) | Self::Igbvf(_) | Self::VirtioNet(_) if settings.is_empty() => Ok(()),
+            Self::E1000e(_) | Self::Igbvf(_) | Self::VirtioNet(_) => Err(DeviceError::Unsupported {
+                card: each!(AnyNic, self, nic => name_of(nic)),
+                what: "administering virtual functions",
+            }),
+        }
+    }
+
     /// As [`Nic::statistics`].
     pub fn statistics(&mut self) -> Vec<(&'static str, u64)> {
         each!(AnyNic, self, nic => nic.statistics())
     }
+}
+
+fn name_of<N: Nic>(_: &N) -> &'static str {
+    N::NAME
 }
 
 impl AnyReceive {

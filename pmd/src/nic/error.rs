@@ -51,6 +51,12 @@ pub enum DeviceError {
     Broken { descriptor: u32, what: String },
     #[error("the adapter of this virtual function refuses {0}")]
     Refused(&'static str),
+    #[error("the card has another number of virtual functions than when it was opened; open it again")]
+    OtherFunctions,
+    #[error(
+        "{0}; nobody drives the adapter of this virtual function: start its port (or with the kernel: ip link set dev … up)"
+    )]
+    NoAdapter(WaitError),
     #[error("the adapter of this virtual function was reset, or has changed what it may; open it again")]
     Revoked,
     #[error("the port is down: {0}")]

@@ -52,13 +52,36 @@ pub enum Behind {
         device: String,
         /// The same.
         bdf: Bdf,
-        /// What it takes to open it, for some virtual functions.
+        /// What it takes to open it, for some virtual functions, or to open those of this one.
         token: Option<String>,
+        /// What its virtual functions may, in order; what those beyond the end may is the default.
+        vfs: Vec<VirtualFunction>,
     },
     /// Files of frames.
     Pcap(PcapOptions),
     /// Nothing.
     Null,
+}
+
+/// What a virtual function of a card may, in the words of ip-link(8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtualFunction {
+    /// Its address; one that the card's driver makes up, if none.
+    pub mac: Option<[u8; 6]>,
+    /// Its VLAN: what it sends is tagged, what it receives is of this VLAN, without tag.
+    pub vlan: Option<u16>,
+    /// The priority in these tags, 0 to 7.
+    pub qos: u8,
+    /// It may change its address and take all groups.
+    pub trust: bool,
+    /// What it sends must come from its own address.
+    pub spoof_check: bool,
+}
+
+impl Default for VirtualFunction {
+    fn default() -> Self {
+        Self { mac: None, vlan: None, qos: 0, trust: false, spoof_check: true }
+    }
 }
 
 /// How a port's socket comes to be.
@@ -135,6 +158,24 @@ impl Behind {
         }
     }
 
+    /// What the virtual functions of a card may.
+    pub fn functions(&self) -> &[VirtualFunction] {
+        match self {
+            Behind::Nic { vfs, .. } => vfs,
+            _ => &[],
+        }
+    }
+
+    /// Whether it is the same, but for what may change while a device is open: what virtual functions may.
+    pub fn is_same_device(&self, other: &Behind) -> bool {
+        match (self, other) {
+            (Behind::Nic { bdf, token, .. }, Behind::Nic { bdf: other, token: others, .. }) => {
+                bdf == other && token == others
+            }
+            _ => self == other,
+        }
+    }
+
     /// Whether both want the same socket, device or file to write, which only one can have.
     pub fn collides(&self, other: &Behind) -> bool {
         let same = |a: Option<&str>, b| a.is_some() && a == b;
@@ -195,6 +236,7 @@ impl PortReader<'_, '_> {
                     (PortKind::Nic, Ok(bdf)) => Behind::Nic {
                         device,
                         bdf,
+                        vfs: self.functions(place, keys),
                         token: keys.vf_token.take().map(|token| token.into_inner().0),
                     },
                     (PortKind::Nic, Err(error)) => {
@@ -224,7 +266,7 @@ impl PortReader<'_, '_> {
         fn span<T>(key: &Option<Spanned<T>>) -> Option<Range<usize>> {
             key.as_ref().map(Spanned::span)
         }
-        let rules: [Rule<'_>; 14] = [
+        let rules: [Rule<'_>; 15] = [
             ("socket", span(&keys.socket), &[VhostUser]),
             ("mode", span(&keys.mode), &[VhostUser]),
             ("socket_mode", span(&keys.socket_mode), &[VhostUser]),
@@ -235,6 +277,7 @@ impl PortReader<'_, '_> {
             ("disable", span(&keys.disable), &[VhostUser, Tap]),
             ("device", span(&keys.device), &[Tap, Packet, Xdp, Nic]),
             ("vf_token", span(&keys.vf_token), &[Nic]),
+            ("vfs", span(&keys.vfs), &[Nic]),
             ("replay", span(&keys.replay), &[Pcap]),
             ("rate", span(&keys.rate), &[Pcap]),
             ("repeat", span(&keys.repeat), &[Pcap]),
@@ -247,6 +290,34 @@ impl PortReader<'_, '_> {
                 format!("`{key}` works only with {}, not with {:?}", words.join(" or "), kind.word());
             self.problems.add(span, format!("{place}{message}: take it out"));
         }
+    }
+
+    /// What a card's virtual functions may.
+    fn functions(&mut self, place: &str, keys: &mut PortKeys) -> Vec<VirtualFunction> {
+        let Some(written) = keys.vfs.take() else { return Vec::new() };
+        if keys.vf_token.is_none() {
+            let example = "`vfs` needs it, nobody can open them without (uuidgen makes one)";
+            keys.wrong.or_missing("vf_token", written.span(), example, self.problems);
+        }
+        let mut functions: Vec<VirtualFunction> = Vec::new();
+        for written in written.into_inner() {
+            let (at, keys) = (written.span(), written.into_inner());
+            let function = VirtualFunction {
+                mac: keys.mac.map(|mac| mac.into_inner().0),
+                vlan: keys.vlan.map(|vlan| vlan.into_inner().get()),
+                qos: keys.qos.map_or(0, |qos| qos.into_inner().get()),
+                trust: value_or(keys.trust, false),
+                spoof_check: value_or(keys.spoof_check, true),
+            };
+            if function.vlan.is_none() && function.qos > 0 {
+                self.problems.add(at.clone(), format!("{place}`vfs`: `qos` goes with a `vlan`: give both"));
+            }
+            if function.mac.is_some() && functions.iter().any(|other| other.mac == function.mac) {
+                self.problems.add(at, format!("{place}`vfs`: two functions have the same `mac`"));
+            }
+            functions.push(function);
+        }
+        functions
     }
 
     /// The files of a pcap port.

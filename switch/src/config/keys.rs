@@ -45,8 +45,10 @@ keys! {
         kind: PortKind,
         /// The network interface behind a tap or a packet socket, or the PCI address of a card.
         device: Device,
-        /// What a virtual function needs whose physical function is with vfio-pci too.
+        /// What a virtual function needs whose physical function is with vfio-pci too, and what that one sets.
         vf_token: VfToken,
+        /// What the virtual functions of a card may, in order.
+        vfs: Vec<Spanned<VfKeys>>,
         /// A pcap file whose frames come in; a relative path lies in the run directory.
         replay: FileName,
         /// Frames a second of `replay`.
@@ -128,7 +130,23 @@ keys! {
     }
 }
 
-nested!(VlanKeys, StormKeys, StaticTable);
+keys! {
+    /// One of `vfs`.
+    VfKeys in "one of `vfs`" {
+        /// Its address.
+        mac: HardwareAddress,
+        /// Its VLAN.
+        vlan: VlanId,
+        /// The priority of what it sends, in that VLAN.
+        qos: Bounded<0, 7>,
+        /// Whether it may change its address and receive all groups.
+        trust: bool,
+        /// Whether what it sends must come from its own address.
+        spoof_check: bool,
+    }
+}
+
+nested!(VlanKeys, StormKeys, StaticTable, VfKeys);
 
 /// One of `addresses`: `"02:00:00:00:00:01"` or `{ address = "02:00:00:00:00:01", vlan = 20 }`.
 #[derive(Debug)]
@@ -164,5 +182,6 @@ pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
         .chain(of("vlan", VlanKeys::KEYS))
         .chain(of("storm", StormKeys::KEYS))
         .chain(of("addresses", StaticTable::KEYS))
+        .chain(of("vfs", VfKeys::KEYS))
         .collect()
 }

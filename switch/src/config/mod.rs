@@ -17,7 +17,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use behind::{Behind, Side};
+pub use behind::{Behind, Side, VirtualFunction};
 pub use feature::{Feature, FeatureSet};
 pub use keys::vocabulary;
 pub use machine::{Decide, Surroundings, ThisMachine};

@@ -365,6 +365,23 @@ fn each_kind_of_port_has_keys_of_its_own() {
             "kind = 'tap'\ndevice = 't'\nvf_token = '2ab74924-c335-45f4-9b16-8569e5b08258'",
             "`vf_token` works only with `kind = \"nic\"`",
         ),
+        ("kind = 'null'\nvfs = []", "`vfs` works only with `kind = \"nic\"`, not with \"null\""),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\nvfs = [{ vlan = 10 }]",
+            "test.toml:7:7: [[port]] needs `vf_token`: `vfs` needs it",
+        ),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\nvf_token = '2ab74924-c335-45f4-9b16-8569e5b08258'\nvfs = [{ trusted = true }, { qos = 3 }]",
+            "port `a`: `vfs`: unknown key `trusted` in one of `vfs`; did you mean `trust`?",
+        ),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\nvf_token = '2ab74924-c335-45f4-9b16-8569e5b08258'\nvfs = [{ qos = 3 }]",
+            "test.toml:8:8: port `a`: `vfs`: `qos` goes with a `vlan`: give both",
+        ),
+        (
+            "kind = 'nic'\ndevice = '01:00.0'\nvf_token = '2ab74924-c335-45f4-9b16-8569e5b08258'\nvfs = [{ mac = '02:00:00:00:00:01' }, { mac = '02:00:00:00:00:01' }]",
+            "port `a`: `vfs`: two functions have the same `mac`",
+        ),
         ("kind = 'tab'\ndevice = 't'", "\"tab\" is unknown; did you mean `tap`?"),
     ] {
         let seen = with(keys).unwrap_err().to_string();

@@ -8,16 +8,18 @@ pub mod report;
 mod routes;
 #[cfg(test)]
 mod tests;
+mod vf;
 
 use std::path::Path;
 
 use control::Door;
 
 use crate::capture::Filter;
-use report::{CaptureReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo};
+use report::{CaptureReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo, VfReport};
 
 pub use features::feature_names;
 pub use routes::{openapi, router};
+pub use vf::VfChange;
 
 /// The control socket's name in the run directory.
 pub const CONTROL_SOCKET: &str = "switch.sock";
@@ -62,6 +64,12 @@ pub trait SwitchState: Send + Sync {
 
     /// Ends a capture. `None`: there is no such capture.
     fn end_capture(&self, id: u64) -> Option<CaptureReport>;
+
+    /// Changes what virtual function `number` of a port's card may, until the next reload. Its driver begins anew.
+    ///
+    /// # Errors
+    /// There is none, or it may not have that; for the user.
+    fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String>;
 
     /// Reads the configuration file again and applies it as one transaction.
     ///

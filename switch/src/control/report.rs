@@ -256,6 +256,32 @@ pub struct PortReport {
     pub vlan: Option<String>,
     /// Isolation group.
     pub isolation: Option<String>,
+    /// Virtual functions of its card, in order (`nic` only).
+    #[serde(default)]
+    pub vfs: Vec<VfReport>,
+}
+
+/// A virtual function of a port's card, and the answer of `POST /v1/ports/{name}/vfs/{number}`. Names are those of ip-link(8).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VfReport {
+    /// Its number.
+    pub number: u16,
+    /// Its address.
+    pub mac: String,
+    /// Its VLAN; absent: it may ask for VLANs itself.
+    pub vlan: Option<u16>,
+    /// The priority of what it sends in that VLAN.
+    pub qos: u8,
+    /// Whether it may change its address and receive all groups.
+    pub trust: bool,
+    /// Whether what it sends must come from its own address.
+    pub spoof_check: bool,
+    /// Whether a driver has it.
+    pub active: bool,
+    /// What that asked for and got.
+    pub granted: u64,
+    /// What it asked for and did not get, and what made no sense.
+    pub refused: u64,
 }
 
 /// How far a port has come.

@@ -12,12 +12,12 @@ use control::{Failure, failure, fallbacks};
 use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
-use super::SwitchState;
 use super::report::{
     AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
-    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState,
-    WorkerStats,
+    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, VfReport,
+    WorkerState, WorkerStats,
 };
+use super::{SwitchState, VfChange};
 use crate::capture::Filter;
 
 /// No request has a body worth reading.
@@ -32,7 +32,7 @@ type Answers = Arc<dyn SwitchState>;
         title = "cableway switch",
         description = "The control socket of a running switch (switch.sock in its run directory)"
     ),
-    paths(switch, stats, ports, port, fdb, capture, captured, end_capture, reload),
+    paths(switch, stats, ports, port, set_vf, fdb, capture, captured, end_capture, reload),
     components(schemas(
         AddressStats,
         CaptureReport,
@@ -51,6 +51,7 @@ type Answers = Arc<dyn SwitchState>;
         SwitchInfo,
         Totals,
         TxStats,
+        VfReport,
         WorkerState,
         WorkerStats
     ))
@@ -70,6 +71,7 @@ pub fn router(answers: Arc<dyn SwitchState>) -> Router {
         .route("/v1/stats", get(stats))
         .route("/v1/ports", get(ports))
         .route("/v1/ports/{name}", get(port))
+        .route("/v1/ports/{name}/vfs/{number}", post(set_vf))
         .route("/v1/fdb", get(fdb))
         .route("/v1/captures", post(capture))
         .route("/v1/captures/{id}", get(captured).delete(end_capture))
@@ -177,6 +179,22 @@ async fn captured(State(answers): State<Answers>, Path(id): Path<u64>) -> Respon
     responses((status = 200, body = CaptureReport), (status = 404, body = Failure)))]
 async fn end_capture(State(answers): State<Answers>, Path(id): Path<u64>) -> Response {
     answers.end_capture(id).map_or_else(|| no_capture(id), |report| Json(report).into_response())
+}
+
+/// Changes what a virtual function of a port's card may, until the next reload. Its driver begins anew.
+#[utoipa::path(post, path = "/v1/ports/{name}/vfs/{number}",
+    params(("name" = String, Path, description = "The port's name"), ("number" = u16, Path, description = "The function's number"), VfChange),
+    responses((status = 200, body = VfReport), (status = 400, description = "An unknown or malformed parameter"),
+        (status = 409, description = "Refused; everything is as it was", body = Failure)))]
+async fn set_vf(
+    State(answers): State<Answers>,
+    Path((name, number)): Path<(String, u16)>,
+    Query(change): Query<VfChange>,
+) -> Response {
+    match answers.set_vf(&name, number, change) {
+        Ok(report) => Json(report).into_response(),
+        Err(error) => failure(StatusCode::CONFLICT, error),
+    }
 }
 
 /// Reads the configuration file again and applies it as one transaction.

@@ -15,6 +15,14 @@ use control::{ControlServer, ControlSocket, run_dir_of_server};
 use super::report::*;
 use super::*;
 
+/// A virtual function with this.
+fn vf(number: u16, change: VfChange) -> VfReport {
+    let mac = change.mac.unwrap_or_else(|| "02:00:00:00:00:01".to_owned());
+    let (qos, trust, spoof_check) = (0, change.trust.unwrap_or(false), change.spoof_check.unwrap_or(true));
+    let (active, granted, refused) = (true, 3, 0);
+    VfReport { number, mac, vlan: change.vlan, qos, trust, spoof_check, active, granted, refused }
+}
+
 /// A switch with two ports and one address.
 struct Still;
 
@@ -67,6 +75,7 @@ impl SwitchState for Still {
             mtu: Some(1500),
             vlan: Some("access 10".into()),
             isolation: Some("red".into()),
+            vfs: vec![vf(0, VfChange { vlan: Some(10), ..VfChange::default() })],
         };
         PortsReport { ports: vec![port("a", PortState::Up), port("b", PortState::Stopped)] }
     }
@@ -94,6 +103,13 @@ impl SwitchState for Still {
 
     fn end_capture(&self, id: u64) -> Option<CaptureReport> {
         (id == 7).then(|| CaptureReport { id, port: "a".to_owned(), captured: 2, missed: 1 })
+    }
+
+    fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String> {
+        if port != "a" || number > 1 {
+            return Err(format!("port {port} has no virtual function {number}"));
+        }
+        Ok(vf(number, change))
     }
 
     fn reload(&self) -> Result<ReloadReport, String> {
@@ -216,6 +232,19 @@ fn check(description: &Value, schema: &Value, value: &Value, place: &str) {
         }
         _ => {}
     }
+}
+
+#[test]
+fn a_virtual_function_is_changed_by_what_the_query_says_and_a_refusal_is_told() {
+    let (dir, _server) = served();
+    let set = |path: &str| client::post::<VfReport>(&door(dir.path()), path).map(|answer| answer.value);
+    let changed =
+        set("/v1/ports/a/vfs/1?mac=02:00:00:00:00:07&vlan=20&trust=true&spoof_check=false").unwrap();
+    assert_eq!((changed.number, changed.mac.as_str(), changed.vlan), (1, "02:00:00:00:00:07", Some(20)));
+    assert!(changed.trust && !changed.spoof_check);
+    assert!(matches!(set("/v1/ports/b/vfs/1"), Err(ClientError::Refused(why)) if why.contains("port b")));
+    assert!(set("/v1/ports/a/vfs/1?trusted=true").is_err(), "an unknown word");
+    assert!(set("/v1/ports/a/vfs/x").is_err(), "no number");
 }
 
 #[test]

@@ -11,9 +11,10 @@ use host::pci::{self, Bdf};
 use host::vfio::{Faults, VfioError};
 use pmd::access::vfio::{VfioFunction, VfioSpace};
 use pmd::dma::{Arena, ArenaError, ArenaOptions};
+use pmd::igb::VirtualFunction;
 use pmd::nic::{self, AnyNic, AnyReceive, AnyTransmit, DeviceError, OpenedAny, Options};
 
-use crate::config::{Behind, Config, PortConfig};
+use crate::config::{self, Behind, Config, PortConfig};
 
 /// Bytes of rings and what belongs to them, for each queue pair: 16 or 32 a descriptor, and a header for each of virtio's.
 const RING_BYTES: usize = 128 << 10;
@@ -27,6 +28,18 @@ pub enum CardError {
     /// There is no memory for it.
     #[error("card {0}: {1}")]
     Memory(Bdf, ArenaError),
+    /// It has fewer virtual functions than the configuration says something of.
+    #[error(
+        "card {bdf} has {there} virtual functions, and `vfs` says what {wanted} may: cableway nic vfs {bdf} {wanted}"
+    )]
+    Functions {
+        /// The card.
+        bdf: Bdf,
+        /// In the configuration.
+        wanted: usize,
+        /// That there are.
+        there: usize,
+    },
     /// Its driver cannot start it.
     #[error("card {0}: {1}")]
     Driver(Bdf, DeviceError),
@@ -35,7 +48,12 @@ pub enum CardError {
 impl CardError {
     /// Whether another try is worth it.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, CardError::Vfio(error) if error.may_pass())
+        match self {
+            CardError::Vfio(error) => error.may_pass(),
+            // A virtual function whose physical one is just being opened.
+            CardError::Driver(_, error) => matches!(error, DeviceError::NoAdapter(_)),
+            CardError::Memory(..) | CardError::Functions { .. } => false,
+        }
     }
 }
 
@@ -134,7 +152,9 @@ impl Cards {
         let OpenedAny { nic, receive, transmit } = opened.map_err(|error| CardError::Driver(bdf, error))?;
         self.arenas.insert(node, Arc::downgrade(&arena));
         let queues = receive.into_iter().zip(transmit).collect();
-        Ok(OpenedCard { card: Card { nic, function, link: None }, queues, node })
+        let mut card = Card { nic, function, link: None };
+        card.grant(config.behind.functions())?;
+        Ok(OpenedCard { card, queues, node })
     }
 }
 
@@ -147,6 +167,30 @@ impl Cards {
 }
 
 impl Card {
+    /// Its virtual functions.
+    pub(crate) fn functions(&self) -> &[VirtualFunction] {
+        self.nic.virtual_functions()
+    }
+
+    /// Changes what its virtual functions may; all or none.
+    ///
+    /// # Errors
+    /// It has fewer, or one may not have its address.
+    pub(crate) fn grant(&mut self, functions: &[config::VirtualFunction]) -> Result<(), CardError> {
+        let (bdf, wanted, there) = (self.function.bdf(), functions.len(), self.functions().len());
+        if wanted > there {
+            return Err(CardError::Functions { bdf, wanted, there });
+        }
+        let settings: Vec<_> = functions.iter().map(super::functions::settings).collect();
+        self.nic.set_virtual_functions(&settings).map_err(|error| CardError::Driver(bdf, error))
+    }
+
+    /// Does one thing for each virtual function that asks for any.
+    pub(super) fn answer(&mut self) {
+        // What is wrong is told to who looks next.
+        let _ = self.nic.link();
+    }
+
     /// Looks at the card: whether its link changed.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 
 mod card;
 mod card_queues;
+mod functions;
 mod kinds;
 mod rx;
 mod tx;
@@ -14,17 +15,19 @@ mod tx;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pmd::igb::VirtualFunction;
 use pmd::kernel::OpenError;
 use pmd::kernel::xdp::XdpDevice;
 
 use card::Card;
-pub(crate) use card::Cards;
+pub(crate) use card::{CardError, Cards};
+use functions::{Answering, SharedCard};
 pub use kinds::DeviceError;
 pub(crate) use kinds::{Inlet, Opened, Sinks, Sources, open};
 pub(crate) use rx::Receiving;
 pub(crate) use tx::Sending;
 
-use crate::config::PortConfig;
+use crate::config::{self, PortConfig};
 use crate::events::{Event, Events};
 use crate::slot::{PortShared, PortState, RxSlot, TxSlot};
 
@@ -44,7 +47,9 @@ pub struct DevicePort {
     pub(crate) rx: Vec<Arc<DeviceRx>>,
     pub(crate) tx: Vec<Arc<DeviceTx>>,
     /// For housekeeping, while a card is open.
-    card: Mutex<Option<Card>>,
+    card: SharedCard,
+    /// While a card is open that has virtual functions.
+    answering: Mutex<Option<Answering>>,
     /// For housekeeping, while XDP sockets are open.
     xdp: Mutex<Option<XdpDevice>>,
 }
@@ -55,7 +60,14 @@ impl DevicePort {
         let shared = PortShared::new(number, name, events);
         let rx = (0..queues).map(|queue| DeviceRx::new(&shared, queue)).collect();
         let tx = (0..queues).map(|queue| DeviceTx::new(&shared, queue)).collect();
-        Arc::new(Self { shared, rx, tx, card: Mutex::default(), xdp: Mutex::default() })
+        Arc::new(Self {
+            shared,
+            rx,
+            tx,
+            card: Arc::default(),
+            answering: Mutex::default(),
+            xdp: Mutex::default(),
+        })
     }
 
     /// Opens the device and lets frames pass. `first`: an interface that is not there is made, if its kind can be.
@@ -79,6 +91,14 @@ impl DevicePort {
             let live = !matches!(inlet, Inlet::Device(Sources::Null(_)));
             Ok((live, Receiving::new(inlet)?, sink))
         };
+        let has_functions = card.as_ref().is_some_and(|card| !card.functions().is_empty());
+        let answering = has_functions.then(|| Answering::start(self.card.clone())).transpose();
+        let answering = answering.map_err(|source| OpenError::Refused {
+            name: config.behind.device().unwrap_or_default().to_owned(),
+            what: "starting the thread that answers its virtual functions",
+            source,
+            remedy: "; give the switch more threads (ulimit -u)",
+        })?;
         // All of them, or none.
         let queues: Vec<_> = queues.into_iter().map(watched).collect::<Result<_, _>>().map_err(refused)?;
         let shared = &self.shared;
@@ -98,6 +118,7 @@ impl DevicePort {
         let looked_at = card.is_some() || xdp.is_some();
         shared.set_state(if looked_at { PortState::Stopped(NO_LINK.to_owned()) } else { PortState::Up });
         *self.card() = card;
+        *self.answering.lock().unwrap_or_else(PoisonError::into_inner) = answering;
         if let Some(device) = &xdp {
             let way = if device.zero_copy() { "zero copy" } else { "the kernel copies" };
             tracing::info!("port {}: XDP sockets on {} queues, {way}", shared.name, self.rx.len());
@@ -124,6 +145,7 @@ impl DevicePort {
         for slot in &self.tx {
             *slot.ring.take() = None;
         }
+        drop(self.answering.lock().unwrap_or_else(PoisonError::into_inner).take());
         // The last that holds the card: it stops now, and its memory is free.
         *self.card() = None;
         *self.xdp() = None;
@@ -132,6 +154,19 @@ impl DevicePort {
     /// Whether a card is open, or XDP sockets, with a link or without.
     pub(crate) fn has_card(&self) -> bool {
         self.card().is_some() || self.xdp().is_some()
+    }
+
+    /// The virtual functions of the card, if there is one open.
+    pub(crate) fn functions(&self) -> Vec<VirtualFunction> {
+        self.card().as_ref().map_or_else(Vec::new, |card| card.functions().to_vec())
+    }
+
+    /// Changes what the card's virtual functions may, if there is one open; all or none.
+    ///
+    /// # Errors
+    /// It has fewer, or one may not have its address.
+    pub(crate) fn grant(&self, functions: &[config::VirtualFunction]) -> Result<(), CardError> {
+        self.card().as_mut().map_or(Ok(()), |card| card.grant(functions))
     }
 
     /// Looks at the card, or the interface of XDP sockets, if there is one open; shows and says whether its link changed.

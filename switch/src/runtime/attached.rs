@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use pmd::igb::VirtualFunction;
+
 use crate::control::report::DeviceCount;
 use crate::counters::{RxCounters, TxCounters};
 use crate::device_port::{DevicePort, DeviceRx};
@@ -50,6 +52,14 @@ impl Attached {
                 port.halt();
                 true
             }
+        }
+    }
+
+    /// The virtual functions of its card.
+    pub(super) fn functions(&self) -> Vec<VirtualFunction> {
+        match self {
+            Attached::Guest(_) => Vec::new(),
+            Attached::Device(port) => port.functions(),
         }
     }
 

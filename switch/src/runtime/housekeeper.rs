@@ -14,7 +14,8 @@ use super::placement::{Queue, load, place, rebalance};
 use super::ports::{self, RunningPort};
 use super::{ApplyError, PortView, Shared, StartError, View};
 use crate::bridge::{Clock, MAX_PORTS, PlanError};
-use crate::config::{Behind, Config, Idle, PortConfig};
+use crate::config::{Behind, Config, Idle, PortConfig, VirtualFunction};
+use crate::control::VfChange;
 use crate::control::report::ReloadReport;
 use crate::device_port::Cards;
 use crate::events::{Event, Events};
@@ -38,6 +39,8 @@ const AGED_PER_TICK: usize = 16_384;
 pub(super) enum Command {
     /// Put a configuration in force.
     Apply(Box<Config>, Sender<Result<ReloadReport, ApplyError>>),
+    /// Change what a virtual function of a port's card may.
+    Function { port: String, number: u16, change: VfChange, reply: Sender<Result<(), String>> },
     /// Workers follow what changed beside the configuration.
     Republish,
     /// Close everything and end.
@@ -95,6 +98,9 @@ impl Housekeeper {
                     Ok(Command::Apply(config, reply)) => {
                         let result = self.apply(*config);
                         let _ = reply.send(result);
+                    }
+                    Ok(Command::Function { port, number, change, reply }) => {
+                        let _ = reply.send(self.change_function(&port, number, &change));
                     }
                     Ok(Command::Republish) => self.republish(),
                     Ok(Command::Stop) | Err(_) => break,
@@ -367,6 +373,7 @@ impl Housekeeper {
             let entries: Vec<(u16, PortConfig)> =
                 ports.filter_map(|p| Some((p.port.number(), config.port(&p.config.name)?.clone()))).collect();
             self.shared.fdb.set_static(&ports::static_entries(&entries))?;
+            self.grant(&config)?;
             Ok(opened)
         });
         let opened = match opened {
@@ -393,6 +400,59 @@ impl Housekeeper {
             self.shared.fdb.flush_port(port.port.number());
         }
         Ok(report)
+    }
+
+    /// Changes what a virtual function of a port's card may, until the next reload.
+    fn change_function(&mut self, name: &str, number: u16, change: &VfChange) -> Result<(), String> {
+        let running = self.ports.iter_mut().find(|p| p.config.name == name);
+        let running = running.ok_or_else(|| format!("there is no port {name:?}"))?;
+        let Attached::Device(port) = &running.port else {
+            return Err(format!("port {name} has no card"));
+        };
+        let there = port.functions().len();
+        let Behind::Nic { vfs, device, .. } = &mut running.config.behind else {
+            return Err(format!("port {name} has no card"));
+        };
+        if usize::from(number) >= there {
+            let state = match port.shared.state() {
+                PortState::Stopped(reason) if !port.has_card() => format!("; it is not open: {reason}"),
+                _ => String::new(),
+            };
+            return Err(format!(
+                "card {device} has {there} virtual functions, there is no number {number}{state}"
+            ));
+        }
+        let mut wanted = vfs.clone();
+        wanted.resize(wanted.len().max(usize::from(number) + 1), VirtualFunction::default());
+        if let Some(function) = wanted.get_mut(usize::from(number)) {
+            change.apply(function)?;
+        }
+        port.grant(&wanted).map_err(|error| error.to_string())?;
+        *vfs = wanted;
+        tracing::info!("port {name}: virtual function {number} was changed");
+        self.republish();
+        Ok(())
+    }
+
+    /// Lets virtual functions of cards that stay open have what `config` says; all of them, or none.
+    fn grant(&self, config: &Config) -> Result<(), StartError> {
+        for (done, running) in self.ports.iter().enumerate() {
+            let (Attached::Device(port), Some(wanted)) = (&running.port, config.port(&running.config.name))
+            else {
+                continue;
+            };
+            if let Err(source) = port.grant(wanted.behind.functions()) {
+                for before in self.ports.iter().take(done) {
+                    if let Attached::Device(port) = &before.port
+                        && let Err(error) = port.grant(before.config.behind.functions())
+                    {
+                        tracing::error!("port {}: {error}", before.config.name);
+                    }
+                }
+                return Err(StartError::Device { port: running.config.name.clone(), source: source.into() });
+            }
+        }
+        Ok(())
     }
 
     /// What `config` changes.

@@ -154,7 +154,7 @@ fn protocol_features(config: &PortConfig) -> ProtocolFeatures {
 
 /// Whether two configurations can have the same session or device; what they differ in otherwise is the bridge's.
 pub(super) fn same_session(a: &PortConfig, b: &PortConfig) -> bool {
-    a.behind == b.behind
+    a.behind.is_same_device(&b.behind)
         && a.queue_pairs == b.queue_pairs
         && a.disable == b.disable
         && a.max_memory == b.max_memory

@@ -8,14 +8,15 @@ use port::DropReason;
 
 use super::housekeeper::Command;
 use super::{PortView, Switch};
+use crate::bridge::Mac;
 use crate::capture::{Capture, Filter};
 use crate::config::{Behind, Config, Side, Vlan};
 use crate::control::report::{
     AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
-    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, WorkerState,
-    WorkerStats,
+    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, VfReport,
+    WorkerState, WorkerStats,
 };
-use crate::control::{SwitchState, feature_names};
+use crate::control::{SwitchState, VfChange, feature_names};
 use crate::counters::{RxCounters, TxCounters};
 use crate::slot::PortState as State;
 use crate::vhost_port::RingView;
@@ -108,6 +109,17 @@ impl SwitchState for Switch {
         })?;
         self.republish();
         Some(ended.report())
+    }
+
+    fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String> {
+        let (reply, answer) = crossbeam::channel::bounded(1);
+        let ending = "the switch is ending";
+        let order = Command::Function { port: port.to_owned(), number, change, reply };
+        self.commands.send(order).map_err(|_| ending)?;
+        answer.recv().map_err(|_| ending)??;
+        let ports = self.ports().ports;
+        let found = ports.into_iter().find(|p| p.name == port).map(|p| p.vfs).unwrap_or_default();
+        found.into_iter().find(|vf| vf.number == number).ok_or_else(|| format!("port {port} was closed"))
     }
 
     fn reload(&self) -> Result<ReloadReport, String> {
@@ -243,5 +255,24 @@ fn port_report(view: &PortView) -> PortReport {
         mtu: c.mtu,
         vlan: (c.vlan != Vlan::Unaware).then(|| c.vlan.to_string()),
         isolation: c.isolation.clone(),
+        vfs: (0..)
+            .zip(view.port.functions())
+            .map(|(number, function)| vf_report(number, &function))
+            .collect(),
+    }
+}
+
+fn vf_report(number: u16, function: &pmd::igb::VirtualFunction) -> VfReport {
+    let settings = &function.settings;
+    VfReport {
+        number,
+        mac: Mac(function.mac).to_string(),
+        vlan: settings.vlan.map(|tag| tag & 0xfff),
+        qos: settings.vlan.map_or(0, |tag| (tag >> 13) as u8),
+        trust: settings.trusted,
+        spoof_check: settings.spoof_check,
+        active: function.active,
+        granted: function.granted,
+        refused: function.refused,
     }
 }

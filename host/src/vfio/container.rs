@@ -98,15 +98,9 @@ impl Container {
     /// Opens a group and puts it into this container.
     fn join(&self, state: &mut State, function: &Function, group: u32) -> Result<File, VfioError> {
         let bdf = function.bdf;
-        let path = PathBuf::from(FOLDER).join(group.to_string());
         let failed =
             |doing| move |source| VfioError::Kernel { what: format!("{bdf}, group {group}"), doing, source };
-        let file =
-            OpenOptions::new().read(true).write(true).open(path).map_err(|e| match e.raw_os_error() {
-                Some(libc::EBUSY) => VfioError::Busy { bdf, group },
-                Some(libc::EACCES | libc::EPERM) => VfioError::Forbidden { bdf, group },
-                _ => failed("opening its group")(e),
-            })?;
+        let file = open_group(bdf, group)?;
         let mut status = vfio_group_status { argsz: size_of::<vfio_group_status>() as u32, flags: 0 };
         // SAFETY: the structure of this request, of the size that it says.
         unsafe { sys::with(file.as_fd(), sys::GROUP_GET_STATUS, &mut status) }
@@ -127,10 +121,15 @@ impl Container {
                     Some(Addresses::new(self.ranges().map_err(failed("asking what its IOMMU can"))?));
             }
             for mapped in &state.mapped {
-                self.map_at(*mapped).map_err(failed("mapping memory anew"))?;
+                self.map_in_iommu(*mapped).map_err(failed("mapping memory anew"))?;
             }
         }
         Ok(file)
+    }
+
+    /// The groups in this container, for KVM, which wants to know of devices that write to a machine's memory.
+    pub fn groups(&self) -> Vec<File> {
+        self.state().groups.values().filter_map(|group| group.file.try_clone().ok()).collect()
     }
 
     /// What the IOMMU translates.
@@ -154,37 +153,60 @@ impl Container {
     /// # Safety
     /// The memory stays mapped until [`Container::unmap`], and nobody has a Rust reference to it: devices write to it.
     pub unsafe fn map(&self, start: NonNull<u8>, len: usize) -> Result<u64, VfioError> {
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
         if state.groups.is_empty() {
             return Err(VfioError::Empty);
         }
         let len = len as u64;
-        let pinned: u64 = state.mapped.iter().map(|mapped| mapped.len).sum();
         let Some(addresses) = &mut state.addresses else { return Err(VfioError::Empty) };
         let iova = addresses.take(len).ok_or(VfioError::NoAddresses(len))?;
         let mapped = Mapped { start: start.as_ptr().addr(), len, iova };
-        match self.map_at(mapped) {
-            Ok(()) => {
-                state.mapped.push(mapped);
-                Ok(iova)
-            }
-            Err(source) => {
-                addresses.give(iova, len);
-                let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
-                // The kernel's answer to too small a limit (drivers/vfio/vfio_iommu_type1.c, vfio_pin_pages_remote).
-                if source.raw_os_error() == Some(libc::ENOMEM) && limit < pinned + len {
-                    return Err(VfioError::Memlock { needed: pinned + len, limit });
-                }
-                Err(VfioError::Kernel {
-                    what: format!("{len} bytes"),
-                    doing: "mapping them for devices",
-                    source,
-                })
-            }
+        let done = self.map_new(&mut state.mapped, mapped);
+        if done.is_err() {
+            addresses.give(iova, len);
         }
+        done.map(|()| iova)
     }
 
-    fn map_at(&self, mapped: Mapped) -> io::Result<()> {
+    /// As [`Container::map`], at an address of the caller's choice: for a guest, whose drivers tell devices the addresses that the guest knows.
+    /// A container has either such mappings or those of [`Container::map`].
+    ///
+    /// # Errors
+    /// As [`Container::map`], or the IOMMU cannot translate that address.
+    ///
+    /// # Safety
+    /// As [`Container::map`].
+    pub unsafe fn map_at(&self, start: NonNull<u8>, len: usize, iova: u64) -> Result<(), VfioError> {
+        let mut state = self.state();
+        if state.groups.is_empty() {
+            return Err(VfioError::Empty);
+        }
+        let mapped = Mapped { start: start.as_ptr().addr(), len: len as u64, iova };
+        self.map_new(&mut state.mapped, mapped)
+    }
+
+    fn map_new(&self, all: &mut Vec<Mapped>, mapped: Mapped) -> Result<(), VfioError> {
+        let Err(source) = self.map_in_iommu(mapped) else {
+            all.push(mapped);
+            return Ok(());
+        };
+        let (len, iova) = (mapped.len, mapped.iova);
+        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
+        // A sandbox may hide what the kernel counts.
+        let pinned = locked().max(all.iter().map(|mapped| mapped.len).sum());
+        // The kernel's answer to too small a limit (drivers/vfio/vfio_iommu_type1.c, vfio_pin_pages_remote).
+        if source.raw_os_error() == Some(libc::ENOMEM) && limit < pinned.saturating_add(len) {
+            return Err(VfioError::Memlock { needed: pinned.saturating_add(len), limit });
+        }
+        Err(VfioError::Kernel {
+            what: format!("{len} bytes at {iova:#x}"),
+            doing: "mapping them for devices",
+            source,
+        })
+    }
+
+    fn map_in_iommu(&self, mapped: Mapped) -> io::Result<()> {
         let mut map = vfio_iommu_type1_dma_map {
             argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
             flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
@@ -231,4 +253,22 @@ impl Container {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Opens a group, which only one process can at a time.
+pub(super) fn open_group(bdf: Bdf, group: u32) -> Result<File, VfioError> {
+    let path = PathBuf::from(FOLDER).join(group.to_string());
+    OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY) => VfioError::Busy { bdf, group },
+        Some(libc::EACCES | libc::EPERM) => VfioError::Forbidden { bdf, group },
+        _ => VfioError::Kernel { what: format!("{bdf}, group {group}"), doing: "opening its group", source },
+    })
+}
+
+/// Bytes that this process has locked in memory, by mlock(2) or for devices: the kernel holds their sum against the limit.
+fn locked() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }

@@ -3,19 +3,20 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use vfio_bindings::bindings::vfio::{
-    VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
-    VFIO_REGION_INFO_FLAG_MMAP, vfio_device_info, vfio_irq_info, vfio_region_info,
+    VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX, vfio_device_info,
 };
 
+use super::interrupts::{self, Interrupt};
+use super::regions::{self, RegionInfo};
 use super::{Container, VfioError, sys};
 use crate::pci::{Bdf, Function};
 
@@ -23,27 +24,6 @@ use crate::pci::{Bdf, Function};
 const COMMAND: u64 = 4;
 const COMMAND_MEMORY: u32 = 1 << 1;
 const COMMAND_MASTER: u32 = 1 << 2;
-
-/// A kind of interrupt of a function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Interrupt {
-    /// Messages, one for each vector (PCI 3.0, section 6.8.2).
-    Msix,
-    /// The bus reports an error that cannot be corrected (PCI Express 4.0, section 6.2): the function may be in any state.
-    Error,
-    /// The kernel wants the function back: it waits until it is closed.
-    Request,
-}
-
-impl Interrupt {
-    fn index(self) -> u32 {
-        match self {
-            Self::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
-            Self::Error => VFIO_PCI_ERR_IRQ_INDEX,
-            Self::Request => VFIO_PCI_REQ_IRQ_INDEX,
-        }
-    }
-}
 
 /// A memory region of a function, mapped: loads and stores go to the device. Unmapped when dropped.
 pub struct Region {
@@ -85,6 +65,9 @@ pub struct Device {
     bdf: Bdf,
     resets: bool,
     config_at: u64,
+    config_len: u64,
+    /// Memory and I/O regions 0 to 5; none where nothing is.
+    regions: [Option<RegionInfo>; 6],
     error: Option<EventFd>,
     request: Option<EventFd>,
 }
@@ -125,13 +108,17 @@ impl Device {
         // SAFETY: the structure of this request, of the size that it says.
         unsafe { sys::with(file.as_fd(), sys::DEVICE_GET_INFO, &mut info) }
             .map_err(failed("asking what it has"))?;
-        let config = region_info(&file, VFIO_PCI_CONFIG_REGION_INDEX)
+        let config = regions::info(&file, VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(failed("finding its configuration space"))?;
+        let region = |index: usize| regions::info(&file, index as u32).ok().filter(|info| info.len > 0);
+        let regions = std::array::from_fn(region);
         let device = Self {
             resets: info.flags & VFIO_DEVICE_FLAGS_RESET != 0,
-            config_at: config.offset,
-            error: watch(&file, Interrupt::Error),
-            request: watch(&file, Interrupt::Request),
+            config_at: config.at,
+            config_len: config.len,
+            regions,
+            error: interrupts::watch(&file, Interrupt::Error),
+            request: interrupts::watch(&file, Interrupt::Request),
             file: Some(file),
             container,
             group,
@@ -172,20 +159,62 @@ impl Device {
     /// 32 bits of the configuration space, at a multiple of 4; all ones if it is gone.
     pub fn config_read(&self, offset: u16) -> u32 {
         let mut bytes = [0xff; 4];
-        let at = self.config_at + u64::from(offset & 0xffc);
-        match self.file.as_ref().map(|file| file.read_exact_at(&mut bytes, at)) {
-            Some(Ok(())) => u32::from_le_bytes(bytes),
-            _ => u32::MAX,
-        }
+        self.config_read_bytes(offset & 0xffc, &mut bytes);
+        u32::from_le_bytes(bytes)
     }
 
     /// Writes 32 bits of the configuration space. The kernel passes on what a driver may change.
     pub fn config_write(&self, offset: u16, value: u32) {
-        let at = self.config_at + u64::from(offset & 0xffc);
+        self.config_write_bytes(offset & 0xffc, &value.to_le_bytes());
+    }
+
+    /// Bytes of configuration space: 4,096 for PCI Express, else 256.
+    pub fn config_len(&self) -> u64 {
+        self.config_len
+    }
+
+    /// Reads configuration space; all ones where nothing is, or if the function is gone.
+    pub fn config_read_bytes(&self, offset: u16, data: &mut [u8]) {
+        let at = self.config_at + u64::from(offset);
+        if self.file.as_ref().is_none_or(|file| file.read_exact_at(data, at).is_err()) {
+            data.fill(0xff);
+        }
+    }
+
+    /// Writes configuration space: no byte beside these. The kernel passes on what a driver may change.
+    pub fn config_write_bytes(&self, offset: u16, data: &[u8]) {
         if let Some(file) = &self.file {
             // A function that is gone takes nothing; whoever reads it is told.
-            let _ = file.write_all_at(&value.to_le_bytes(), at);
+            let _ = file.write_all_at(data, self.config_at + u64::from(offset));
         }
+    }
+
+    /// What memory or I/O region `index` (0 to 5) is, if it is there.
+    pub fn region(&self, index: u32) -> Option<&RegionInfo> {
+        self.regions.get(index as usize)?.as_ref()
+    }
+
+    /// Reads a region through the kernel, where it is not or cannot be mapped; all ones where it does not answer.
+    pub fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) {
+        let at = self.region_at(index, offset, data.len());
+        let read = at.zip(self.file.as_ref()).map(|(at, file)| file.read_exact_at(data, at));
+        if !matches!(read, Some(Ok(()))) {
+            data.fill(0xff);
+        }
+    }
+
+    /// Writes a region through the kernel. What does not answer takes nothing.
+    pub fn region_write(&self, index: u32, offset: u64, data: &[u8]) {
+        if let Some((at, file)) = self.region_at(index, offset, data.len()).zip(self.file.as_ref()) {
+            let _ = file.write_all_at(data, at);
+        }
+    }
+
+    /// Where these bytes of a region are in the function's file, if they all lie in it.
+    fn region_at(&self, index: u32, offset: u64, len: usize) -> Option<u64> {
+        let region = self.region(index)?;
+        let end = offset.checked_add(len as u64)?;
+        (end <= region.len).then(|| region.at + offset)
     }
 
     /// Maps memory region `index` (0 to 5).
@@ -193,17 +222,27 @@ impl Device {
     /// # Errors
     /// There is none, it cannot be mapped, or the kernel refuses.
     pub fn map(self: &Arc<Self>, index: u32) -> Result<Region, VfioError> {
+        let len = self.region(index).map_or(0, |region| region.len);
+        self.map_part(index, 0..len)
+    }
+
+    /// Maps a part of memory region `index`: whole pages of what its [`RegionInfo`] calls mappable.
+    ///
+    /// # Errors
+    /// There is none, it cannot be mapped, or the kernel refuses.
+    pub fn map_part(self: &Arc<Self>, index: u32, part: Range<u64>) -> Result<Region, VfioError> {
         let none = VfioError::Region { bdf: self.bdf, index };
         let failed = |source| VfioError::Kernel {
             what: self.bdf.to_string(),
             doing: "mapping a memory region",
             source,
         };
-        let Some(file) = self.file.as_ref().filter(|_| index <= 5) else { return Err(none) };
-        let info = region_info(file, index).map_err(failed)?;
-        let len = usize::try_from(info.size).ok().and_then(NonZeroUsize::new);
-        let (Some(len), true) = (len, info.flags & VFIO_REGION_INFO_FLAG_MMAP != 0) else { return Err(none) };
-        let offset = i64::try_from(info.offset).map_err(|_| none)?;
+        let (Some(file), Some(info)) = (&self.file, self.region(index)) else { return Err(none) };
+        let len = part.end.checked_sub(part.start).and_then(|len| usize::try_from(len).ok());
+        let inside = |whole: &Range<u64>| whole.start <= part.start && part.end <= whole.end;
+        let len = len.and_then(NonZeroUsize::new).filter(|_| info.mappable.iter().any(inside));
+        let offset = info.at.checked_add(part.start).and_then(|offset| i64::try_from(offset).ok());
+        let (Some(len), Some(offset)) = (len, offset) else { return Err(none) };
         // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory that is in use.
         let start = unsafe {
             mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)
@@ -214,16 +253,33 @@ impl Device {
 
     /// How many interrupts of this kind it has.
     pub fn interrupts(&self, kind: Interrupt) -> u32 {
-        self.file.as_ref().map_or(0, |file| interrupts(file, kind))
+        self.file.as_ref().map_or(0, |file| interrupts::count(file, kind))
     }
 
-    /// Lets the first interrupts of this kind signal `events`, one each; without any, turns the kind off.
+    /// Whether more interrupts of this kind can be given events while others have them already.
+    pub fn interrupts_grow(&self, kind: Interrupt) -> bool {
+        self.file.as_ref().is_some_and(|file| interrupts::grow(file, kind))
+    }
+
+    /// Lets the interrupts of this kind from the `first` on signal `events`, one each; without any, turns the kind off.
     ///
     /// # Errors
     /// It has fewer, or the kernel refuses.
-    pub fn signal(&self, kind: Interrupt, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.file.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        set_interrupts(self.fd()?, kind, events)
+    pub fn signal(&self, kind: Interrupt, first: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        interrupts::signal(self.fd()?, kind, first, events)
+    }
+
+    /// Lets `event` unmask the interrupt line, which the kernel masks each time that it signals.
+    ///
+    /// # Errors
+    /// The line signals nobody, or the kernel refuses.
+    pub fn unmask_by(&self, event: BorrowedFd<'_>) -> io::Result<()> {
+        interrupts::unmask_by(self.fd()?, event)
+    }
+
+    /// What becomes readable when [`Device::must_go`] has something to say.
+    pub fn alarms(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.error, &self.request].into_iter().flatten().map(AsFd::as_fd)
     }
 
     /// Whether it must be closed, and why: the bus reported an error, or the kernel wants it back.
@@ -248,42 +304,4 @@ impl Drop for Device {
         drop(self.file.take());
         self.container.leave(self.group);
     }
-}
-
-fn region_info(file: &File, index: u32) -> io::Result<vfio_region_info> {
-    let argsz = size_of::<vfio_region_info>() as u32;
-    let mut info = vfio_region_info { argsz, index, ..vfio_region_info::default() };
-    // SAFETY: the structure of this request, of the size that it says.
-    unsafe { sys::with(file.as_fd(), sys::DEVICE_GET_REGION_INFO, &mut info) }?;
-    Ok(info)
-}
-
-fn interrupts(file: &File, kind: Interrupt) -> u32 {
-    let argsz = size_of::<vfio_irq_info>() as u32;
-    let mut info = vfio_irq_info { argsz, index: kind.index(), ..vfio_irq_info::default() };
-    // SAFETY: the structure of this request, of the size that it says.
-    match unsafe { sys::with(file.as_fd(), sys::DEVICE_GET_IRQ_INFO, &mut info) } {
-        Ok(_) => info.count,
-        Err(_) => 0,
-    }
-}
-
-/// Hears of `kind`, where the function has it.
-fn watch(file: &File, kind: Interrupt) -> Option<EventFd> {
-    if interrupts(file, kind) == 0 {
-        return None;
-    }
-    let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).ok()?;
-    set_interrupts(file.as_fd(), kind, &[event.as_fd()]).ok()?;
-    Some(event)
-}
-
-/// One request: `struct vfio_irq_set`, five words, and the descriptors behind it.
-fn set_interrupts(fd: BorrowedFd<'_>, kind: Interrupt, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let data = if events.is_empty() { VFIO_IRQ_SET_DATA_NONE } else { VFIO_IRQ_SET_DATA_EVENTFD };
-    let size = 4 * (5 + events.len()) as u32;
-    let mut set = vec![size, data | VFIO_IRQ_SET_ACTION_TRIGGER, kind.index(), 0, events.len() as u32];
-    set.extend(events.iter().map(|event| event.as_raw_fd().cast_unsigned()));
-    // SAFETY: the structure of this request and what it says follows, of the size that it says.
-    unsafe { sys::with_bytes(fd, sys::DEVICE_SET_IRQS, &mut set) }.map(drop)
 }

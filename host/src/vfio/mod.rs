@@ -13,14 +13,18 @@ mod addresses;
 mod container;
 mod device;
 mod faults;
+mod interrupts;
+mod regions;
 mod sys;
 
 use std::io;
 use std::path::Path;
 
 pub use container::Container;
-pub use device::{Device, Interrupt, Region};
+pub use device::{Device, Region};
 pub use faults::{Fault, Faults, LOG};
+pub use interrupts::Interrupt;
+pub use regions::RegionInfo;
 pub use sys::REQUESTS;
 
 use crate::pci::{self, Bdf, VFIO, listed};
@@ -188,6 +192,17 @@ pub fn check(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
         return Err(VfioError::GroupNotViable { bdf, group, others });
     }
     Ok(())
+}
+
+/// Whether its group can be opened now, which [`check`] cannot see: another process may have it, or this one may not.
+///
+/// # Errors
+/// It cannot, and why.
+pub fn try_open(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
+    check(root, bdf)?;
+    Container::new()?;
+    let group = pci::find(root, bdf).and_then(|function| function.group).ok_or(VfioError::NoIommu(bdf))?;
+    container::open_group(bdf, group).map(drop)
 }
 
 #[cfg(test)]

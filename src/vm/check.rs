@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use host::topology;
+use host::{pci, topology};
 use vmm::boot::Format;
 use vmm::config::{Config, NetBack, OnReboot, PageSize, SerialTo};
 use vmm::preflight::Preflight;
@@ -124,6 +124,25 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         let (path, size) = (disk.path.display(), output::bytes(size));
         let direct = if disk.direct { ", beside the page cache" } else { "" };
         writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s){direct}", disk.name, disk.queues)?;
+    }
+    for function in &config.pci {
+        let function = pci::find(Path::new("/"), function.device);
+        let Some(function) = function else { continue };
+        writeln!(
+            text,
+            "  pass {} ({:04x}:{:04x}) through to the guest",
+            function.bdf, function.vendor, function.device
+        )?;
+        let hosts: Vec<u32> = config.nodes.iter().filter_map(|node| node.host).collect();
+        if let Some(near) = function.node.filter(|near| !hosts.is_empty() && !hosts.contains(near)) {
+            writeln!(
+                text,
+                "    note: it is on memory node {near}, the guest's memory on {hosts:?}; all that it writes crosses over"
+            )?;
+        }
+    }
+    if !config.pci.is_empty() {
+        writeln!(text, "  pin all of the guest's memory for these devices")?;
     }
     writeln!(text, "  connect the serial console to {}", config.serial)?;
     if config.console != SerialTo::Off {

@@ -66,6 +66,9 @@ macro_rules! keys {
             /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, queues, queue_size.
             #[arg(long, value_name = "DISK", help_heading = "Instead of a FILE")]
             disk: Vec<String>,
+            /// A function of the host's that the guest gets, bound to vfio-pci (cableway nic bind), as often as there are: 0000:01:00.0, and vf_token=UUID.
+            #[arg(long, value_name = "FUNCTION", help_heading = "Instead of a FILE")]
+            pci: Vec<String>,
         }
 
         impl Keys {
@@ -74,7 +77,8 @@ macro_rules! keys {
                 let cards = self.net.into_iter().map(|card| ("net", card));
                 let disks = self.disk.into_iter().map(|disk| ("disk", disk));
                 let nodes = self.numa.into_iter().map(|node| ("numa", node));
-                let listed = cards.chain(disks).chain(nodes);
+                let functions = self.pci.into_iter().map(|function| ("pci", function));
+                let listed = cards.chain(disks).chain(nodes).chain(functions);
                 let keys = [$((stringify!($key), self.$key),)+];
                 keys.into_iter().filter_map(|(key, value)| Some((key, value?))).chain(listed).collect()
             }

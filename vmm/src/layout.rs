@@ -78,6 +78,8 @@ pub(crate) const SLEEP_STATUS_PORT: u16 = 0x601;
 pub(crate) const RESET_PORT: u16 = 0x602;
 /// Interrupt of the generic event device (power button).
 pub(crate) const EVENT_IRQ: u32 = 9;
+/// Inputs of the I/O APIC that the interrupt lines of PCI functions share.
+pub(crate) const PCI_LINES: Range<u32> = 16..24;
 /// PCI configuration: address, and data (PCI 3.0, 3.2.2.3.2).
 pub(crate) const PCI_ADDRESS_PORT: u16 = 0xcf8;
 /// See [`PCI_ADDRESS_PORT`].

@@ -22,6 +22,7 @@ mod rng;
 #[cfg(test)]
 mod test_driver;
 mod vcpu;
+pub mod vfio;
 mod virtio_console;
 mod virtio_pci;
 mod worker;

@@ -35,7 +35,7 @@ use crate::vcpu::exits::{ExitCounters, ExitReason};
 use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
 use crate::virtio_console::{Typed, VirtioConsole};
 use crate::virtio_pci::{BAR_SIZE, VirtioDevice, VirtioPci};
-use crate::{acpi, layout};
+use crate::{acpi, layout, vfio};
 
 /// Why a machine did not start.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +63,9 @@ pub enum StartError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A function to pass through.
+    #[error(transparent)]
+    Pass(#[from] vfio::PassError),
     /// The serial console cannot be opened.
     #[error(transparent)]
     Console(std::io::Error),
@@ -190,6 +193,7 @@ impl Machine {
             address_bits: model.address_bits(),
             serial,
             nodes: if config.numa { config.nodes.clone() } else { Vec::new() },
+            lines: (1..=config.pci.len()).map(|device| (device as u32, vfio::line_of(device))).collect(),
         };
         acpi::write(&memory, &tables)?;
 
@@ -211,7 +215,7 @@ impl Machine {
             None => None,
         };
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus = bus(config, &preflight.disks, virtio, &vm, &memory)?;
+        let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits())?;
         let port = match Console::open(&config.serial).map_err(StartError::Console)? {
             Some((console, output)) => {
                 let port = Arc::new(Mutex::new(SerialPort::new(line(layout::SERIAL_IRQ)?, output)));
@@ -366,8 +370,15 @@ fn bus(
     console: Option<VirtioConsole>,
     vm: &Arc<VmFd>,
     memory: &Arc<GuestMemory>,
+    address_bits: u8,
 ) -> Result<PciBus, StartError> {
     let interrupts = Arc::new(Interrupts::new(vm.clone()));
+    let mut bus = PciBus::new();
+    // Before a back end is waited for: what is refused is refused at once.
+    let own = u64::from(BAR_SIZE) * PciBus::PLACES;
+    let window = layout::PCI_WINDOW_32.start + own..layout::PCI_WINDOW_32.end;
+    let windows = vfio::Windows::new(window, layout::pci_window_64(memory.len(), address_bits));
+    vfio::open(&config.pci, windows, memory, &interrupts)?.into_iter().for_each(|function| bus.add(function));
     let for_rings = memory.for_rings().map_err(GuestMemoryError::from)?;
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for card in &config.net {
@@ -385,7 +396,6 @@ fn bus(
     if config.rng {
         devices.push(Box::new(Rng::new(&for_rings).map_err(StartError::Device)?));
     }
-    let mut bus = PciBus::new();
     for (n, device) in (0..).zip(devices) {
         let bar = layout::PCI_WINDOW_32.start as u32 + n * BAR_SIZE;
         let function = VirtioPci::new(device, bar, memory.clone(), interrupts.clone());

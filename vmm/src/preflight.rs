@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use host::memory::{MemoryError, Pages};
 use host::topology::{self, CoreSet};
+use host::vfio::{self, VfioError};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::boot::{BootError, Initramfs, Kernel};
@@ -85,6 +86,9 @@ pub enum PreflightError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A function to pass through.
+    #[error("`pci`: {0}")]
+    Pci(#[from] VfioError),
 }
 
 /// What was opened on the way.
@@ -116,6 +120,9 @@ impl Preflight {
         let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
         let disks =
             config.disk.iter().map(|disk| Image::open(disk).map(Arc::new)).collect::<Result<_, _>>()?;
+        for function in &config.pci {
+            vfio::try_open(Path::new("/"), function.device)?;
+        }
         memory(config)?;
         let kvm = open_kvm()?;
         vcpus(config, &kvm)?;

@@ -17,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
 
 use super::interrupts::{self, Interrupt};
 use super::regions::{self, RegionInfo};
-use super::{Container, VfioError, sys};
+use super::{Container, VfioError, reset, sys};
 use crate::pci::{Bdf, Function};
 
 /// PCI's command register, and its bits for memory regions and bus mastering (PCI 3.0, section 6.2.2).
@@ -125,8 +125,9 @@ impl Device {
             bdf,
         };
         // Whatever it did for whoever had it before ends here.
-        if device.resets {
-            device.reset().map_err(failed("resetting it"))?;
+        if let Some(file) = device.file.as_ref().filter(|_| device.resets) {
+            let read = |at| device.config_read(at);
+            reset::reset(file, group_file.as_fd(), bdf, read).map_err(failed("resetting it"))?;
         }
         let command = device.config_read(COMMAND as u16) & 0xffff;
         device.config_write(COMMAND as u16, command & !COMMAND_MASTER | COMMAND_MEMORY);
@@ -146,14 +147,6 @@ impl Device {
     /// Whether it can be reset. One that cannot keeps what its last user set.
     pub fn resets(&self) -> bool {
         self.resets
-    }
-
-    /// Resets it, as far as it can be.
-    ///
-    /// # Errors
-    /// It cannot be, or not now.
-    pub fn reset(&self) -> io::Result<()> {
-        sys::with_number(self.fd()?, sys::DEVICE_RESET, 0).map(drop)
     }
 
     /// 32 bits of the configuration space, at a multiple of 4; all ones if it is gone.

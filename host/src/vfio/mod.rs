@@ -15,6 +15,7 @@ mod device;
 mod faults;
 mod interrupts;
 mod regions;
+mod reset;
 mod sys;
 
 use std::io;

@@ -21,6 +21,9 @@ pub(super) const DEVICE_GET_REGION_INFO: u64 = request(8);
 pub(super) const DEVICE_GET_IRQ_INFO: u64 = request(9);
 pub(super) const DEVICE_SET_IRQS: u64 = request(10);
 pub(super) const DEVICE_RESET: u64 = request(11);
+pub(super) const DEVICE_GET_PCI_HOT_RESET_INFO: u64 = request(12);
+pub(super) const DEVICE_PCI_HOT_RESET: u64 = request(13);
+// Of containers; the numbers are taken twice.
 pub(super) const IOMMU_GET_INFO: u64 = request(12);
 pub(super) const IOMMU_MAP_DMA: u64 = request(13);
 pub(super) const IOMMU_UNMAP_DMA: u64 = request(14);

@@ -73,6 +73,9 @@ fn pci(machine: &Machine, memory: u64, code: &mut Vec<u8>) {
     // Which memory node the devices are near (6.2.15).
     let near = machine.nodes.iter().position(|node| node.devices);
     names.extend(near.map(|node| Name::new(Path::new("_PXM"), &(node as u32))));
+    if !machine.lines.is_empty() {
+        names.push(lines(machine));
+    }
     let names = names.iter().map(|name| name as &dyn Aml).collect();
     Device::new(Path::new("_SB_.PCI0"), names).to_aml_bytes(code);
     // Who has the ECAM range (PCI firmware specification 3.3, 4.1.2).
@@ -87,6 +90,18 @@ fn pci(machine: &Machine, memory: u64, code: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(code);
+}
+
+/// Where interrupt lines of PCI devices go (6.2.13): all functions of a device, pin A, an input of the I/O APIC.
+fn lines(machine: &Machine) -> Name {
+    let routes: Vec<[u32; 4]> =
+        machine.lines.iter().map(|(device, input)| [device << 16 | 0xffff, 0, 0, *input]).collect();
+    let routes: Vec<Package<'_>> = routes
+        .iter()
+        .map(|route| Package::new(route.iter().map(|number| number as &dyn Aml).collect()))
+        .collect();
+    let routes = Package::new(routes.iter().map(|route| route as &dyn Aml).collect());
+    Name::new(Path::new("_PRT"), &routes)
 }
 
 /// The first serial port, a 16550A.

@@ -44,6 +44,8 @@ pub struct Machine {
     pub serial: bool,
     /// The guest's memory nodes, if it is told of them.
     pub nodes: Vec<GuestNode>,
+    /// Inputs of the I/O APIC that interrupt lines of PCI devices go to: number of the device, input.
+    pub lines: Vec<(u32, u32)>,
 }
 
 /// Puts the tables into memory, the RSDP first.
@@ -163,7 +165,9 @@ mod tests {
     fn every_table_is_found_from_the_rsdp_and_its_bytes_add_up_to_zero() {
         let memory = memory();
         let apic_ids = (0..MAX_VCPUS).collect();
-        write(&memory, &Machine { apic_ids, address_bits: 39, serial: true, nodes: two_nodes() }).unwrap();
+        let lines = vec![(1, 17), (2, 18)];
+        write(&memory, &Machine { apic_ids, address_bits: 39, serial: true, nodes: two_nodes(), lines })
+            .unwrap();
         let sum = |at: u64, length: u64| {
             read(&memory, at, length as usize).iter().fold(0_u8, |s, b| s.wrapping_add(*b))
         };

@@ -64,6 +64,7 @@ mod tests {
             address_bits: 39,
             serial: false,
             nodes: vec![node(&[2], [10, 31]), node(&[0, 1], [21, 10])],
+            lines: Vec::new(),
         };
         let table = affinities(&machine);
         let word = |at: usize| u32::from_le_bytes(table[at..at + 4].try_into().unwrap());

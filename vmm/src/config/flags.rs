@@ -20,7 +20,7 @@ const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
 const TABLES: &[&str] = &["topology"];
 
 /// Keys that may be given again and again: lists of tables, and the key that their first part is the value of.
-const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format"), ("numa", "memory")];
+const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format"), ("numa", "memory"), ("pci", "device")];
 /// Parts of those that have several numbers, apart by colons: `vcpus=0:2-3`.
 const NUMBERS: &[&str] = &["vcpus", "distances"];
 

@@ -7,7 +7,8 @@ use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
 use super::values::{
-    CommandLine, DisabledExit, DiskFormat, FileName, NetKind, NetMode, OnReboot, PageSize, Serial, SerialName,
+    CommandLine, DisabledExit, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize, Serial,
+    SerialName, Token,
 };
 
 plain!(
@@ -15,12 +16,14 @@ plain!(
     DisabledExit,
     DiskFormat,
     FileName,
+    Function,
     NetKind,
     NetMode,
     OnReboot,
     PageSize,
     Serial,
-    SerialName
+    SerialName,
+    Token
 );
 
 /// Some vCPUs, or parts of their topology.
@@ -71,6 +74,8 @@ keys! {
         net: Vec<Spanned<NetKeys>>,
         /// Disks.
         disk: Vec<Spanned<DiskKeys>>,
+        /// Functions of the host's that the guest gets.
+        pci: Vec<Spanned<PciKeys>>,
         /// Where the serial console goes.
         serial: SerialName,
         /// Where the virtio console goes.
@@ -168,7 +173,17 @@ keys! {
     }
 }
 
-nested!(DiskKeys, NetKeys, NumaKeys, TopologyKeys);
+keys! {
+    /// One of `pci`: `[[vm.pci]]`.
+    PciKeys in "`pci`" {
+        /// Which function.
+        device: Function,
+        /// The token of the physical function's user, for a virtual one.
+        vf_token: Token,
+    }
+}
+
+nested!(DiskKeys, NetKeys, NumaKeys, PciKeys, TopologyKeys);
 
 /// All keys of the vocabulary: (table, key). Documentation and the flags are checked against it.
 pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
@@ -176,6 +191,7 @@ pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
     let parts = of("topology", TopologyKeys::KEYS)
         .chain(of("numa", NumaKeys::KEYS))
         .chain(of("net", NetKeys::KEYS))
-        .chain(of("disk", DiskKeys::KEYS));
+        .chain(of("disk", DiskKeys::KEYS))
+        .chain(of("pci", PciKeys::KEYS));
     of("vm", VmKeys::KEYS).chain(parts).collect()
 }

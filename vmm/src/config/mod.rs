@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use host::pci::Bdf;
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Fill, Problems};
@@ -67,6 +68,8 @@ pub struct Config {
     pub net: Vec<NetConfig>,
     /// Disks, in the order in which the guest finds them, behind the cards.
     pub disk: Vec<DiskConfig>,
+    /// Functions of the host's, in the order in which the guest finds them, before the cards.
+    pub pci: Vec<PciConfig>,
     /// Where the serial console goes.
     pub serial: SerialTo,
     /// Where the virtio console goes.
@@ -152,6 +155,15 @@ pub struct DiskConfig {
     pub queues: u16,
     /// Entries of each queue: a power of two.
     pub queue_size: u16,
+}
+
+/// One of `pci`: a function of the host's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciConfig {
+    /// Which.
+    pub device: Bdf,
+    /// The token of the physical function's user, for a virtual one.
+    pub vf_token: Option<String>,
 }
 
 /// Sockets of cores of threads.

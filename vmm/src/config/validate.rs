@@ -7,10 +7,12 @@ use std::time::Duration;
 use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
-use super::keys::{DiskKeys, NetKeys, TopologyKeys, VmKeys};
+use super::keys::{DiskKeys, NetKeys, PciKeys, TopologyKeys, VmKeys};
 use super::nodes::Given;
 use super::values::{NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
-use super::{Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, Topology, VhostUserConfig};
+use super::{
+    Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, PciConfig, Topology, VhostUserConfig,
+};
 
 const CMDLINE: &str = "console=ttyS0";
 const MEMORY: u64 = 512 << 20;
@@ -167,10 +169,19 @@ fn vm(
         let span = keys.span();
         disk.extend(self::disk(keys.into_inner(), &span, disk.len(), problems));
     }
-    let (cards, disks) = (net.len(), disk.len());
-    if cards + disks > MAX_DEVICES {
+    let mut pci: Vec<PciConfig> = Vec::new();
+    for keys in keys.pci.into_iter().flat_map(Spanned::into_inner) {
+        let span = keys.span();
+        let Some(function) = self::pci(keys.into_inner(), &span, problems) else { continue };
+        if pci.iter().any(|other| other.device == function.device) {
+            problems.add(span, format!("`pci`: {} is there already", function.device));
+        }
+        pci.push(function);
+    }
+    let (cards, disks, functions) = (net.len(), disk.len(), pci.len());
+    if cards + disks + functions > MAX_DEVICES {
         problems.add_general(format!(
-            "{cards} of `net` and {disks} of `disk`, a machine has at most {MAX_DEVICES} in all"
+            "{cards} of `net`, {disks} of `disk` and {functions} of `pci`, a machine has at most {MAX_DEVICES} in all"
         ));
     }
     let to = |key: &Option<Spanned<SerialName>>, default| {
@@ -223,6 +234,7 @@ fn vm(
         hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
         net: net.into_iter().map(resolve_card).collect(),
         disk: disk.into_iter().map(|disk| DiskConfig { path: resolve(&disk.path), ..disk }).collect(),
+        pci,
         pmu: keys.pmu.is_none_or(Spanned::into_inner),
         serial: resolve_file(serial),
         console: resolve_file(console),
@@ -304,6 +316,18 @@ fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problem
         discard: keys.discard.is_none_or(Spanned::into_inner),
         queues: keys.queues.map_or(1, |queues| queues.get_ref().get()),
         queue_size,
+    })
+}
+
+/// One of `pci`.
+fn pci(keys: PciKeys, at: &Range<usize>, problems: &mut Problems<'_>) -> Option<PciConfig> {
+    if keys.device.is_none() {
+        let like = "which function, as in `device = \"0000:01:00.0\"`; `cableway nic list` shows them";
+        keys.wrong.or_missing("device", at.clone(), like, problems);
+    }
+    Some(PciConfig {
+        device: keys.device?.into_inner().0,
+        vf_token: keys.vf_token.map(|token| token.into_inner().0),
     })
 }
 

@@ -56,6 +56,9 @@ pub(crate) struct PciBus {
 }
 
 impl PciBus {
+    /// Devices that the bus has room for.
+    pub(crate) const PLACES: u64 = FUNCTIONS / 8;
+
     /// A bus with a host bridge and nothing else.
     pub(crate) fn new() -> Self {
         Self { functions: vec![(0, Arc::new(Mutex::new(ConfigSpace::host_bridge(HOST_BRIDGE))))] }

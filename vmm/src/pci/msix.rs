@@ -59,6 +59,11 @@ impl MsiX {
         self.vectors.get(usize::from(vector))?.event.try_clone().ok()
     }
 
+    /// Whether the vector interrupts the guest: it is neither masked nor off.
+    pub(crate) fn is_connected(&self, vector: usize) -> bool {
+        self.vectors.get(vector).is_some_and(|vector| vector.connected)
+    }
+
     /// The guest wrote the message control word.
     pub(crate) fn set_control(&mut self, control: u16) {
         self.control = control & (ENABLE | FUNCTION_MASK);

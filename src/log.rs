@@ -1,9 +1,14 @@
-//! What a long-running command logs, and where: to standard error, as much as asked.
+//! What a long-running command logs, and where: to standard error, as much as asked; to the journal with its priorities.
 
 use std::io::IsTerminal;
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::{self, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 /// Logs to standard error.
 ///
@@ -14,13 +19,48 @@ pub(crate) fn start(filter: Option<&str>) -> Result<()> {
         Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("--log {filter}"))?,
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
     };
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .compact()
-        .with_env_filter(filter)
-        .with_ansi(ansi)
-        .with_target(false)
-        .with_writer(std::io::stderr)
-        .init();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let form = format::format().compact().with_target(false);
+    if is_journal() {
+        lines.with_ansi(false).event_format(Prioritized(form.without_time())).init();
+    } else {
+        let ansi = std::io::stderr().is_terminal();
+        lines.with_ansi(ansi).event_format(form.with_ansi(ansi)).init();
+    }
     Ok(())
+}
+
+/// Whether standard error is the journal: systemd says by device and inode which stream is (systemd.exec(5), `$JOURNAL_STREAM`), as
+/// whoever started us may have redirected it.
+fn is_journal() -> bool {
+    let said = std::env::var("JOURNAL_STREAM").ok();
+    let ours =
+        std::fs::metadata("/proc/self/fd/2").ok().map(|found| format!("{}:{}", found.dev(), found.ino()));
+    said.is_some() && said == ours
+}
+
+/// Lines that the journal files by priority (sd-daemon(3)); it knows the time itself.
+struct Prioritized<F>(F);
+
+impl<S, N, F> FormatEvent<S, N> for Prioritized<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let priority = match *event.metadata().level() {
+            Level::ERROR => 3,
+            Level::WARN => 4,
+            Level::INFO => 6,
+            _ => 7,
+        };
+        write!(writer, "<{priority}>")?;
+        self.0.format_event(context, writer, event)
+    }
 }

@@ -14,6 +14,7 @@ mod node;
 #[allow(dead_code, clippy::expect_used)] // the session tests of `vhost-user` need the rest
 #[path = "../../vhost-user/tests/session/raw.rs"]
 mod raw;
+mod systemd;
 mod vm;
 mod world;
 

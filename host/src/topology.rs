@@ -128,6 +128,22 @@ pub fn permitted_cores() -> Result<CoreSet, TopologyError> {
         .collect())
 }
 
+/// The cores that this process can have its threads run on: those that it may run on, and those that the kernel isolated at its
+/// start (`isolcpus=`), which nobody runs on who does not ask for it. A cpuset that forbids one of them says so when a thread is
+/// pinned. Ask before pinning.
+///
+/// # Errors
+/// [`TopologyError::Affinity`].
+pub fn usable_cores(root: &Path) -> Result<CoreSet, TopologyError> {
+    Ok(with_isolated(root, &permitted_cores()?))
+}
+
+fn with_isolated(root: &Path, permitted: &CoreSet) -> CoreSet {
+    // A kernel without that file isolates none.
+    let isolated = core_list(root.join("sys/devices/system/cpu/isolated")).unwrap_or_default();
+    permitted.iter().chain(isolated.iter()).collect()
+}
+
 /// The cores that are switched on.
 ///
 /// # Errors
@@ -272,6 +288,18 @@ mod tests {
         fs::write(pool.join("free_hugepages"), "1\n").unwrap();
         assert_eq!(huge_pools(root.path()), [HugePool { node: 0, page_size: 1 << 30, total: 2, free: 1 }]);
         assert!(huge_pools(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn cores_that_were_isolated_at_the_start_are_usable_although_nobody_runs_there_unasked() {
+        let machine = two_nodes();
+        let file = machine.path().join("sys/devices/system/cpu/isolated");
+        let permitted: CoreSet = "0".parse().unwrap();
+        assert_eq!(with_isolated(machine.path(), &permitted), permitted);
+        fs::write(&file, "\n").unwrap();
+        assert_eq!(with_isolated(machine.path(), &permitted), permitted);
+        fs::write(&file, "1-3\n").unwrap();
+        assert_eq!(with_isolated(machine.path(), &permitted).to_string(), "0-3");
     }
 
     #[test]

@@ -76,7 +76,10 @@ impl Planner {
     /// This machine. Ask before the process pins its threads.
     pub(crate) fn now() -> Self {
         let read = || {
-            Ok::<_, topology::TopologyError>((Machine::read(Path::new("/"))?, topology::permitted_cores()?))
+            Ok::<_, topology::TopologyError>((
+                Machine::read(Path::new("/"))?,
+                topology::usable_cores(Path::new("/"))?,
+            ))
         };
         Self { machine: read().map_err(|error| error.to_string()) }
     }

@@ -218,7 +218,7 @@ fn cores(config: &Config) -> Result<(), PreflightError> {
         return Ok(());
     }
     let online = topology::online_cores(Path::new("/"))?;
-    let permitted = topology::permitted_cores()?;
+    let permitted = topology::usable_cores(Path::new("/"))?;
     let check = |key, core: u32| {
         let why = if !online.contains(core) {
             format!("does not exist or is offline: this machine has {online}")

@@ -110,7 +110,7 @@ impl ThisMachine {
     pub fn now() -> Self {
         // Where the kernel does not tell, pinning the worker will.
         let online = topology::online_cores(Path::new("/")).ok();
-        let permitted = topology::permitted_cores().ok();
+        let permitted = topology::usable_cores(Path::new("/")).ok();
         // The kernel always tells; were it not to, a machine of a common size is supposed.
         let memory = nix::sys::sysinfo::sysinfo().map_or(64 << 30, |info| info.ram_total());
         Self {

@@ -212,15 +212,18 @@ fn xdp_sockets_are_at_least_as_fast_as_packet_sockets() {
             costs[i].push(cycles(&pair.switch.json("stats")));
         }
     }
-    let median = |values: &mut Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    println!("Gbit/s of TCP in frames of 1,514 bytes: af_packet {:.2?}, af_xdp {:.2?}", rates[0], rates[1]);
+    let [packet, xdp] = &rates;
+    println!("Gbit/s of TCP in frames of 1,514 bytes: af_packet {packet:.2?}, af_xdp {xdp:.2?}");
     println!("busy cycles a frame: af_packet {:.0?}, af_xdp {:.0?}", costs[0], costs[1]);
-    let [packet, xdp] = rates.each_mut().map(median);
-    let [packet_cost, xdp_cost] = costs.each_mut().map(median);
-    println!("medians: {packet:.2} and {xdp:.2} Gbit/s; {packet_cost:.0} and {xdp_cost:.0} cycles a frame");
-    assert!(xdp >= 0.9 * packet, "af_xdp is slower: {xdp:.2} Gbit/s, af_packet {packet:.2}");
+    // Each round's two beside each other: what else the machine does changes from round to round.
+    let mut ratios: Vec<f64> = packet.iter().zip(xdp).map(|(packet, xdp)| xdp / packet).collect();
+    ratios.sort_by(f64::total_cmp);
+    let ratio = ratios[ROUNDS / 2];
+    // A worker that was interrupted counts that too: the best round says what a frame costs.
+    let [packet_cost, xdp_cost] = costs.map(|costs| costs.into_iter().fold(f64::INFINITY, f64::min));
+    println!(
+        "af_xdp moves {ratio:.2} times as much (median), for {xdp_cost:.0} cycles a frame to {packet_cost:.0} (best)"
+    );
+    assert!(ratio >= 0.9, "af_xdp is slower: {ratio:.2} times as fast as af_packet");
     assert!(xdp_cost <= 1.1 * packet_cost, "af_xdp costs more: {xdp_cost:.0} cycles, {packet_cost:.0}");
 }

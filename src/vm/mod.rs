@@ -3,7 +3,9 @@
 //! Exit status, besides those of every command: 3 when the guest's kernel panicked, 4 when a vCPU met a triple fault, 5 when
 //! KVM could not go on.
 
+mod ask;
 mod check;
+mod console;
 mod run;
 
 use std::path::PathBuf;
@@ -15,7 +17,7 @@ use vmm::config::{Config, ConfigErrors};
 
 use crate::node::cores::Planner;
 
-/// Run a virtual machine.
+/// Run a virtual machine, or ask one that runs.
 ///
 /// With a FILE, runs the machine that its `[vm]` describes until the guest turns itself off; without one, the flags describe
 /// it: every key of `[vm]` is one. SIGTERM presses the power button, SIGINT or a second SIGTERM ends the machine at once.
@@ -24,8 +26,21 @@ use crate::node::cores::Planner;
 /// Exit status: 0 the guest turned itself off, or was ended by a signal; 1 something went wrong; 2 refused, nothing was
 /// started; 3 the guest's kernel panicked; 4 triple fault; 5 KVM could not go on.
 #[derive(Args)]
-#[command(arg_required_else_help = true)]
+#[command(
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 pub(crate) struct VmArgs {
+    #[command(subcommand)]
+    ask: Option<ask::Ask>,
+
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Args)]
+struct RunArgs {
     /// The configuration (TOML).
     #[arg(conflicts_with = "Keys", required_unless_present = "kernel")]
     file: Option<PathBuf>,
@@ -34,8 +49,9 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "NAME", requires = "file", conflicts_with = "Keys")]
     vm: Option<String>,
 
-    /// Where relative sockets of a node's file are [default: /run/cableway, or $XDG_RUNTIME_DIR/cableway when not root].
-    #[arg(long, value_name = "DIR", requires = "vm")]
+    /// Where the machine's control socket is, vm-NAME.sock, and relative sockets of a node's file are [default: /run/cableway,
+    /// or $XDG_RUNTIME_DIR/cableway when not root].
+    #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 
     /// Say what is wrong with the configuration and what it would do; start nothing.
@@ -140,6 +156,10 @@ keys! {
 /// # Errors
 /// What went wrong while it ran. A configuration that is refused is not an error here: it was said, and the status is 2.
 pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
+    let args = match args.ask {
+        Some(ask) => return ask::run(&ask),
+        None => args.run,
+    };
     let config = match (&args.file, &args.vm) {
         (Some(file), Some(name)) => {
             let run_dir = match control::run_dir_of_client(args.run_dir.as_deref()) {
@@ -155,7 +175,7 @@ pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
     };
     match config {
         Ok(config) if args.check => check::run(&config),
-        Ok(config) => run::run(&config, args.log.as_deref()),
+        Ok(config) => run::run(&config, args.run_dir.as_deref(), args.log.as_deref()),
         Err(errors) => Ok(refused(&errors)),
     }
 }
@@ -173,7 +193,7 @@ mod tests {
     #[derive(Parser)]
     struct Command {
         #[command(flatten)]
-        args: VmArgs,
+        args: RunArgs,
     }
 
     #[test]

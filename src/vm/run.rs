@@ -1,14 +1,18 @@
 //! `cableway vm FILE`: the machine itself, from its configuration to the end of its guest.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use control::{ControlServer, ControlSocket};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmm::config::{Config, OnReboot};
+use vmm::control::{door, router};
+use vmm::life::Life;
 use vmm::machine::{Ended, Machine, Remote, StartError, become_emulator};
 use vmm::preflight::Preflight;
 
@@ -27,13 +31,22 @@ type Target = Arc<Mutex<Option<Remote>>>;
 ///
 /// # Errors
 /// What the system refused. Whatever the user can set right is said, and the status is 2.
-pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
+pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>) -> Result<ExitCode> {
     if let Err(error) = log::start(filter) {
         return Ok(refuse(error));
     }
     let mut preflight = match Preflight::new(config) {
         Ok(preflight) => preflight,
         Err(error) => return Ok(refuse(error)),
+    };
+    let socket = match socket(config, run_dir) {
+        Ok(socket) => socket,
+        Err(error) if run_dir.is_some() => return Ok(refuse(format!("{error:#}"))),
+        // Nobody said that it is to be asked.
+        Err(error) => {
+            tracing::warn!("{} has no control socket: {error:#}", config.name);
+            None
+        }
     };
     if let Err(error) = become_emulator(config) {
         return Ok(refuse(error));
@@ -46,9 +59,12 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
     nix::sys::prctl::set_no_new_privs().context("giving up new privileges")?;
     let target = Target::default();
     obey_signals(target.clone())?;
+    let life = Life::new(config);
+    let _server: Option<ControlServer> =
+        socket.map(|socket| socket.serve(router(life.clone()), || {})).transpose()?;
     loop {
         let began = Instant::now();
-        let mut machine = match Machine::start(config, preflight) {
+        let mut machine = match Machine::start(config, preflight, &life) {
             Ok(machine) => machine,
             Err(error) => return Ok(refuse(error)),
         };
@@ -104,6 +120,12 @@ pub(super) fn run(config: &Config, filter: Option<&str>) -> Result<ExitCode> {
         };
         return Ok(status);
     }
+}
+
+/// The socket that the machine is asked on, before it is served: a second machine of this name ends here.
+fn socket(config: &Config, run_dir: Option<&Path>) -> Result<Option<ControlSocket>> {
+    let run_dir = control::run_dir_of_server(run_dir)?;
+    Ok(Some(ControlSocket::bind(&door(&run_dir, &config.name))?))
 }
 
 /// SIGTERM presses the power button, once; SIGINT, or a second SIGTERM, ends the machine.

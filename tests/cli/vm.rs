@@ -141,3 +141,18 @@ fn a_guests_first_instruction_comes_soon_after_its_process_began() {
     // Other tests run beside it: the best of ten is what it takes.
     assert!(took[0] <= std::time::Duration::from_millis(50), "{took:?}");
 }
+
+#[test]
+fn a_machine_that_is_not_there_is_said_plainly() {
+    let dir = tempfile::tempdir().unwrap();
+    let run_dir = dir.path().to_str().unwrap();
+    for what in ["info", "pause", "resume", "reboot", "shutdown", "kill", "console", "events"] {
+        let (status, printed, said) = vm(&[what, "fw1", "--run-dir", run_dir]);
+        assert_eq!((status, printed.as_str()), (Some(1), ""), "{what}: {said}");
+        assert!(said.contains("no machine `fw1` is running in"), "{what}: {said}");
+    }
+    let (status, printed, _) = vm(&["list", "--run-dir", run_dir]);
+    assert_eq!((status, printed), (Some(0), format!("no machine is running in {run_dir}\n")));
+    let (status, printed, _) = vm(&["list", "--run-dir", run_dir, "--json"]);
+    assert_eq!((status, printed.as_str()), (Some(0), "[]\n"));
+}

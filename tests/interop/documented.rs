@@ -140,6 +140,10 @@ impl World {
                 let root = env!("CARGO_MANIFEST_DIR");
                 succeeds(Command::new("lab/run").arg("--list").current_dir(root), command);
             }
+            ["curl", "--unix-socket", socket, ..] if socket.contains("/vm-") => {
+                let asked = Command::new("curl").args(&words[1..]).output().unwrap();
+                assert_eq!(asked.status.code(), Some(7), "{command}: nobody is there to connect to");
+            }
             ["curl", ..] => {
                 self.serve("server");
                 succeeds(Command::new("curl").arg("--fail").args(&words[1..]), command);
@@ -165,6 +169,19 @@ impl World {
             ["cableway", "bench", "vv", ..] if has("--socket") => {
                 self.serve(if has("--listen") { "client" } else { "server" });
                 succeeds(&mut self.cableway(&words[1..]), command);
+            }
+            ["cableway", "vm", "list", ..] => succeeds(&mut self.cableway(&words[1..]), command),
+            // `lab/run vm-control` has a machine to ask; here the words are right, and nobody is there.
+            [
+                "cableway",
+                "vm",
+                "info" | "pause" | "resume" | "console" | "events" | "reboot" | "shutdown" | "kill",
+                ..,
+            ] => {
+                let run_dir = self.dir.path().to_str().unwrap();
+                let asked = self.cableway(&words[1..]).args(["--run-dir", run_dir]).output().unwrap();
+                let said = String::from_utf8_lossy(&asked.stderr);
+                assert!(said.contains("no machine `fw1` is running"), "{command}: {said}");
             }
             // Booting them is for ./check lab, on a machine with a KVM that is fast enough.
             ["cableway", "vm", ..] => {

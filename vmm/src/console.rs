@@ -17,6 +17,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::config::SerialTo;
 use crate::machine::Event;
+use crate::scrollback::Scrollback;
+use crate::terminal::RawTerminal;
 
 /// Bytes that the guest may be ahead of whoever reads: a kernel's whole boot log.
 const QUEUE: usize = 256 << 10;
@@ -31,11 +33,14 @@ const ESCAPE: u8 = 0x1d;
 pub(crate) struct Output {
     queue: Sender<u8>,
     lost: Arc<AtomicU64>,
+    /// For those who attach later.
+    scrollback: Arc<Scrollback>,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for byte in bytes {
+            self.scrollback.push(*byte);
             if self.queue.len() >= QUEUE || self.queue.send(*byte).is_err() {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
@@ -61,7 +66,7 @@ impl Console {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub(crate) fn open(to: &SerialTo) -> io::Result<Option<(Self, Output)>> {
+    pub(crate) fn open(to: &SerialTo, scrollback: &Arc<Scrollback>) -> io::Result<Option<(Self, Output)>> {
         let sink: Box<dyn Write + Send> = match to {
             SerialTo::Off => return Ok(None),
             SerialTo::Stdio => Box::new(io::stdout()),
@@ -76,7 +81,7 @@ impl Console {
         })?;
         let lost = Arc::new(AtomicU64::new(0));
         let console = Self { written, lost: lost.clone(), reader: None, _raw: None };
-        Ok(Some((console, Output { queue, lost })))
+        Ok(Some((console, Output { queue, lost, scrollback: scrollback.clone() })))
     }
 
     /// Gives `take` what comes in on standard input, if anything can; it says how many bytes it took. A terminal is set to
@@ -163,29 +168,6 @@ fn read_in(take: impl Fn(&[u8]) -> usize, events: &Sender<Event>, stop: &impl As
     }
 }
 
-/// A terminal that passes every key on, until this is dropped.
-struct RawTerminal(nix::sys::termios::Termios);
-
-impl RawTerminal {
-    /// `None` if standard input is no terminal.
-    fn new() -> Option<Self> {
-        use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
-        let before = tcgetattr(io::stdin()).ok()?;
-        let mut raw = before.clone();
-        cfmakeraw(&mut raw);
-        // What the VMM itself logs begins at the left all the same.
-        raw.output_flags = before.output_flags;
-        tcsetattr(io::stdin(), SetArg::TCSANOW, &raw).ok()?;
-        Some(Self(before))
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        let _ = nix::sys::termios::tcsetattr(io::stdin(), nix::sys::termios::SetArg::TCSANOW, &self.0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,7 +175,7 @@ mod tests {
     #[test]
     fn what_nobody_reads_is_kept_up_to_a_bound_and_counted_beyond() {
         let (queue, bytes) = unbounded();
-        let mut output = Output { queue, lost: Arc::default() };
+        let mut output = Output { queue, lost: Arc::default(), scrollback: Arc::default() };
         output.write_all(&[7; QUEUE - 1]).unwrap();
         output.write_all(b"ab").unwrap();
         output.write_all(b"cde").unwrap();

@@ -3,11 +3,13 @@
 //! Owns the order in which a machine is put together and taken apart, and what its end means. Everything it consists of has a
 //! file of its own; nothing here knows a register or a table.
 
+mod asked;
+
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, bounded, unbounded};
 use host::thread::{PinError, RealTimeError};
 use host::topology::CoreSet;
 use kvm_bindings::{
@@ -24,6 +26,7 @@ use crate::device::{Devices, lock};
 use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
 use crate::interrupts::Interrupts;
+use crate::life::{Events, Life, Parts};
 use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::net::tap::TapCard;
 use crate::net::{Net, NetError};
@@ -36,6 +39,9 @@ use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
 use crate::virtio_console::{Typed, VirtioConsole};
 use crate::virtio_pci::{BAR_SIZE, VirtioDevice, VirtioPci};
 use crate::{acpi, layout, vfio};
+pub(crate) use asked::Done;
+pub use asked::Remote;
+use asked::Request;
 
 /// Why a machine did not start.
 #[derive(Debug, thiserror::Error)]
@@ -125,37 +131,12 @@ pub enum Ended {
     Stopped,
 }
 
-/// Asks a machine to end; any thread may hold one.
-#[derive(Clone)]
-pub struct Remote {
-    requests: Sender<Request>,
-}
-
-/// What a machine can be asked for.
-#[derive(Clone, Copy, Debug)]
-enum Request {
-    Shutdown,
-    Kill,
-}
-
-impl Remote {
-    /// Presses the power button; if the guest is not off within the configured time, the machine ends all the same.
-    pub fn shutdown(&self) {
-        // A machine that ended needs no more.
-        let _ = self.requests.send(Request::Shutdown);
-    }
-
-    /// Ends the machine at once.
-    pub fn kill(&self) {
-        let _ = self.requests.send(Request::Kill);
-    }
-}
-
 /// A machine that runs.
 pub struct Machine {
     // In this order they are dropped: vCPUs, what they reach, the machine, its memory.
     vcpus: Vec<RunningVcpu>,
     devices: Option<Arc<Devices>>,
+    life: Arc<Life>,
     consoles: Vec<Console>,
     button: EventFd,
     vm: Arc<VmFd>,
@@ -167,11 +148,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine and starts its vCPUs. All its other threads run where the calling thread may.
+    /// Builds the machine and starts its vCPUs; until it ends, `life` has its parts. All its other threads run where the calling thread may.
     ///
     /// # Errors
     /// What could not be had; nothing is left behind.
-    pub fn start(config: &Config, preflight: Preflight) -> Result<Self, StartError> {
+    pub fn start(config: &Config, preflight: Preflight, life: &Arc<Life>) -> Result<Self, StartError> {
         let kvm = |doing| move |source| StartError::Kvm { doing, source };
         for exit in preflight.refused_exits() {
             tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
@@ -206,17 +187,17 @@ impl Machine {
         };
         let button = line(layout::EVENT_IRQ)?;
         let mut consoles = Vec::new();
-        let virtio = match Console::open(&config.console).map_err(StartError::Console)? {
+        let virtio = match Console::open(&config.console, &life.console).map_err(StartError::Console)? {
             Some((console, output)) => {
                 let (device, typed) = VirtioConsole::new(output, &memory)?;
-                consoles.push((console, &config.console, Take::Virtio(typed)));
+                consoles.push((console, &config.console, Take::Virtio(Arc::new(typed))));
                 Some(device)
             }
             None => None,
         };
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits())?;
-        let port = match Console::open(&config.serial).map_err(StartError::Console)? {
+        let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits(), life.events())?;
+        let port = match Console::open(&config.serial, &life.serial).map_err(StartError::Console)? {
             Some((console, output)) => {
                 let port = Arc::new(Mutex::new(SerialPort::new(line(layout::SERIAL_IRQ)?, output)));
                 consoles.push((console, &config.serial, Take::Serial(port.clone())));
@@ -230,6 +211,11 @@ impl Machine {
             }
             Ok(console)
         };
+        let take = |of: &SerialTo| {
+            let found = consoles.iter().find(|(_, to, _)| std::ptr::eq(*to, of));
+            found.map(|(.., take)| take.clone())
+        };
+        let (serial_take, console_take) = (take(&config.serial), take(&config.console));
         let consoles: io::Result<Vec<_>> = consoles.into_iter().map(listen).collect();
         let consoles = consoles.map_err(StartError::Console)?;
         let devices = Arc::new(Devices::new(port, bus));
@@ -237,13 +223,14 @@ impl Machine {
         let mut machine = Self {
             vcpus: Vec::new(),
             devices: Some(devices.clone()),
+            life: life.clone(),
             consoles,
             button,
             vm,
             _memory: memory,
             events,
             requests,
-            remote: Remote { requests: request_sender },
+            remote: Remote::new(request_sender),
             shutdown_timeout: config.shutdown_timeout,
         };
         // Every vCPU exists before the first one runs: the first one looks for the others. `gate` is closed by its drop.
@@ -265,6 +252,13 @@ impl Machine {
             let vcpu = Vcpu { number, fd, devices: devices.clone(), events: event_sender.clone() };
             machine.vcpus.push(vcpu.start(scheduling, closed.clone())?);
         }
+        life.runs(Parts {
+            remote: machine.remote(),
+            vcpus: machine.vcpus.iter().map(|vcpu| vcpu.place().clone()).collect(),
+            devices,
+            serial: serial_take,
+            console: console_take,
+        });
         drop(gate);
         Ok(machine)
     }
@@ -284,49 +278,15 @@ impl Machine {
     /// Waits until the machine ends, and stops its vCPUs.
     pub fn wait(&mut self) -> Ended {
         let ended = self.wait_for_end();
+        asked::note(&self.life, &ended);
         stop_all(&mut self.vcpus);
         ended
-    }
-
-    fn wait_for_end(&self) -> Ended {
-        let mut deadline: Option<Instant> = None;
-        loop {
-            let patience = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-            let timeout = match deadline {
-                Some(_) => crossbeam::channel::after(patience),
-                None => crossbeam::channel::never(),
-            };
-            crossbeam::select! {
-                recv(self.events) -> event => return match event {
-                    Ok(Event::PowerOff) => Ended::PowerOff,
-                    // Asked to shut down, it is not to start again.
-                    Ok(Event::Reset) if deadline.is_some() => Ended::Stopped,
-                    Ok(Event::Reset) => Ended::Reset,
-                    Ok(Event::Panicked) => Ended::Panicked,
-                    Ok(Event::TripleFault { vcpu }) => Ended::TripleFault { vcpu },
-                    Ok(Event::Kvm { vcpu, what }) => Ended::Failed { vcpu, what },
-                    Ok(Event::Escape) | Err(_) => Ended::Stopped,
-                },
-                recv(self.requests) -> request => match request {
-                    Ok(Request::Shutdown) if deadline.is_none() => {
-                        tracing::info!("pressing the power button, waiting {:?}", self.shutdown_timeout);
-                        let _ = self.button.write(1);
-                        deadline = Instant::now().checked_add(self.shutdown_timeout);
-                    }
-                    Ok(Request::Shutdown) => {}
-                    Ok(Request::Kill) | Err(_) => return Ended::Stopped,
-                },
-                recv(timeout) -> _ => {
-                    tracing::warn!("the guest is not off after {:?}: ending it", self.shutdown_timeout);
-                    return Ended::Stopped;
-                }
-            }
-        }
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.life.ends();
         stop_all(&mut self.vcpus);
         self.vcpus.clear();
         // With the devices goes the serial port, and with it the console's queue.
@@ -348,14 +308,15 @@ pub fn become_emulator(config: &Config) -> Result<(), StartError> {
 }
 
 /// What takes what is typed.
-enum Take {
+#[derive(Clone)]
+pub(crate) enum Take {
     Serial(Arc<Mutex<SerialPort>>),
-    Virtio(Typed),
+    Virtio(Arc<Typed>),
 }
 
 impl Take {
     /// Returns how many bytes it took.
-    fn bytes(&self, bytes: &[u8]) -> usize {
+    pub(crate) fn bytes(&self, bytes: &[u8]) -> usize {
         match self {
             Take::Serial(port) => lock(port).receive(bytes),
             Take::Virtio(typed) => typed.receive(bytes),
@@ -371,6 +332,7 @@ fn bus(
     vm: &Arc<VmFd>,
     memory: &Arc<GuestMemory>,
     address_bits: u8,
+    events: &Events,
 ) -> Result<PciBus, StartError> {
     let interrupts = Arc::new(Interrupts::new(vm.clone()));
     let mut bus = PciBus::new();
@@ -383,7 +345,7 @@ fn bus(
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for card in &config.net {
         devices.push(match &card.back {
-            NetBack::VhostUser(back) => Box::new(Net::new(card, back, memory.clone())?),
+            NetBack::VhostUser(back) => Box::new(Net::new(card, back, memory.clone(), events.clone())?),
             NetBack::Tap(interface) => Box::new(TapCard::new(card, interface, &for_rings)?),
         });
     }

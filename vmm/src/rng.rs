@@ -10,6 +10,8 @@ use virtio::features;
 use virtio::memory::GuestMemory;
 
 use crate::buffers::Request;
+use crate::control::report::QueueReport;
+use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::{Serve, Workers};
 
@@ -56,6 +58,14 @@ impl VirtioDevice for Rng {
         self.0.reset();
     }
 
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        &self.0
+    }
+
+    fn queue_reports(&self) -> Vec<QueueReport> {
+        self.0.reports()
+    }
+
     fn is_reset(&self) -> bool {
         self.0.are_idle()
     }
@@ -90,6 +100,29 @@ impl Serve for Server {
 mod tests {
     use super::*;
     use crate::test_driver::{DATA, Driver};
+
+    #[test]
+    fn what_comes_while_it_rests_is_served_when_it_goes_on() {
+        let mut driver = Driver::new();
+        let mut rng = Rng::new(&driver.for_rings()).unwrap();
+        rng.activate(driver.activation(&[0], features::VERSION_1));
+        assert_eq!(driver.chain(&[(DATA, 30, true)]), 30);
+        for _ in 0..3 {
+            rng.lifecycle().pause();
+            driver.until("it rests", |_| rng.lifecycle().is_paused());
+            let before = driver.used();
+            driver.put(&[(DATA, 8, true)]);
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert_eq!(driver.used(), before, "it worked while it rested");
+            rng.lifecycle().resume();
+            assert_eq!(driver.wait(), 8);
+        }
+        let report = &rng.queue_reports()[0];
+        assert_eq!((report.requests, report.bytes, report.errors), (4, 54, 0));
+        rng.lifecycle().pause();
+        rng.reset();
+        driver.until("let go although it rests", |_| rng.is_reset());
+    }
 
     #[test]
     fn requests_are_filled_up_to_a_bound_and_buffers_to_be_read_are_left_alone() {

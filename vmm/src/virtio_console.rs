@@ -12,6 +12,8 @@ use virtio::features;
 
 use crate::buffers::Request;
 use crate::console::Output;
+use crate::control::report::QueueReport;
+use crate::lifecycle::Lifecycle;
 use crate::machine::StartError;
 use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::virtio_pci::{Activation, VirtioDevice};
@@ -79,6 +81,14 @@ impl VirtioDevice for VirtioConsole {
 
     fn reset(&mut self) {
         self.0.reset();
+    }
+
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        &self.0
+    }
+
+    fn queue_reports(&self) -> Vec<QueueReport> {
+        self.0.reports()
     }
 
     fn is_reset(&self) -> bool {
@@ -153,7 +163,8 @@ mod tests {
     #[test]
     fn what_is_printed_arrives_and_what_is_typed_waits_for_a_buffer() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let (console, output) = Console::open(&SerialTo::File(file.path().into())).unwrap().unwrap();
+        let (console, output) =
+            Console::open(&SerialTo::File(file.path().into()), &Arc::default()).unwrap().unwrap();
         let mut driver = Driver::new();
         let (mut device, typed) = VirtioConsole::new(output, driver.memory()).unwrap();
         device.activate(driver.activation(&[1], features::VERSION_1));
@@ -182,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_kept_when_nobody_types_any_more() {
-        let (console, output) = Console::open(&SerialTo::Stdio).unwrap().unwrap();
+        let (console, output) = Console::open(&SerialTo::Stdio, &Arc::default()).unwrap().unwrap();
         let mut driver = Driver::new();
         let (mut device, typed) = VirtioConsole::new(output, driver.memory()).unwrap();
         device.activate(driver.activation(&[0], features::VERSION_1));

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, unbounded};
@@ -18,6 +18,8 @@ use virtio::memory::GuestMemory;
 use virtio::{features, with_ring};
 
 use crate::buffers::Request;
+use crate::control::report::QueueReport;
+use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, QueueSetup};
 
 /// Where a packed ring begins: both wrap counters set (virtio 1.3, 2.8.1).
@@ -39,12 +41,31 @@ pub(crate) trait Serve: Send + 'static {
 enum Command {
     Start(u64, QueueSetup),
     Stop,
+    Pause,
+    Resume,
     End,
+}
+
+/// Counters of one queue; its thread writes them.
+#[derive(Default)]
+struct Counters {
+    requests: AtomicU64,
+    bytes: AtomicU64,
+    errors: AtomicU64,
+    interrupts: AtomicU64,
+}
+
+impl Counters {
+    fn add(counter: &AtomicU64, more: u64) {
+        counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+    }
 }
 
 /// The threads of one device.
 pub(crate) struct Workers {
+    name: String,
     workers: Vec<(Sender<Command>, Arc<EventFd>, JoinHandle<()>)>,
+    counters: Vec<Arc<Counters>>,
     state: Arc<State>,
 }
 
@@ -55,6 +76,8 @@ struct State {
     busy: AtomicUsize,
     /// A ring made no sense.
     broken: AtomicBool,
+    /// Threads that rest.
+    paused: AtomicUsize,
 }
 
 impl Workers {
@@ -63,7 +86,8 @@ impl Workers {
     /// # Errors
     /// No more threads or descriptors.
     pub(crate) fn new(name: &str, memory: &Arc<GuestMemory>, serve: Vec<impl Serve>) -> io::Result<Self> {
-        let mut workers = Self { workers: Vec::new(), state: Arc::default() };
+        let mut workers =
+            Self { name: name.to_owned(), workers: Vec::new(), counters: Vec::new(), state: Arc::default() };
         for (n, serve) in serve.into_iter().enumerate() {
             let (sender, commands) = unbounded();
             let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
@@ -75,7 +99,10 @@ impl Workers {
                 memory: memory.clone(),
                 state: workers.state.clone(),
                 running: None,
+                paused: false,
+                counters: Arc::default(),
             };
+            workers.counters.push(worker.counters.clone());
             let thread = std::thread::Builder::new().name(worker.name.clone()).spawn(move || worker.run())?;
             workers.workers.push((sender, wake, thread));
         }
@@ -98,10 +125,26 @@ impl Workers {
 
     /// Begins to let go of the queues.
     pub(crate) fn reset(&self) {
+        self.tell(|| Command::Stop);
+    }
+
+    fn tell(&self, command: impl Fn() -> Command) {
         for (commands, wake, _) in &self.workers {
-            let _ = commands.send(Command::Stop);
+            let _ = commands.send(command());
             let _ = wake.write(1);
         }
+    }
+
+    /// What was done on each queue.
+    pub(crate) fn reports(&self) -> Vec<QueueReport> {
+        let report = |(index, of): (u16, &Arc<Counters>)| QueueReport {
+            index,
+            requests: of.requests.load(Ordering::Relaxed),
+            bytes: of.bytes.load(Ordering::Relaxed),
+            errors: of.errors.load(Ordering::Relaxed),
+            interrupts: of.interrupts.load(Ordering::Relaxed),
+        };
+        (0..).zip(&self.counters).map(report).collect()
     }
 
     /// Whether all queues were let go of.
@@ -115,12 +158,28 @@ impl Workers {
     }
 }
 
+/// A thread rests between two requests.
+impl Lifecycle for Workers {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn pause(&self) {
+        self.tell(|| Command::Pause);
+    }
+
+    fn is_paused(&self) -> bool {
+        self.state.paused.load(Ordering::Acquire) == self.workers.len()
+    }
+
+    fn resume(&self) {
+        self.tell(|| Command::Resume);
+    }
+}
+
 impl Drop for Workers {
     fn drop(&mut self) {
-        for (commands, wake, _) in &self.workers {
-            let _ = commands.send(Command::End);
-            let _ = wake.write(1);
-        }
+        self.tell(|| Command::End);
         for (_, _, thread) in self.workers.drain(..) {
             let _ = thread.join();
         }
@@ -146,6 +205,8 @@ struct Worker<S> {
     memory: Arc<GuestMemory>,
     state: Arc<State>,
     running: Option<Running>,
+    paused: bool,
+    counters: Arc<Counters>,
 }
 
 impl<S: Serve> Worker<S> {
@@ -154,7 +215,10 @@ impl<S: Serve> Worker<S> {
             match self.commands.try_recv() {
                 Ok(Command::Start(features, queue)) => self.start(features, queue),
                 Ok(Command::Stop) => self.stop(),
+                Ok(Command::Pause) => self.set_paused(true),
+                Ok(Command::Resume) => self.set_paused(false),
                 Ok(Command::End) | Err(TryRecvError::Disconnected) => return self.stop(),
+                Err(TryRecvError::Empty) if self.paused => self.wait(),
                 Err(TryRecvError::Empty) => match self.turn() {
                     Ok(true) => {}
                     Ok(false) => self.wait(),
@@ -192,12 +256,21 @@ impl<S: Serve> Worker<S> {
         }
     }
 
+    fn set_paused(&mut self, paused: bool) {
+        match (std::mem::replace(&mut self.paused, paused), paused) {
+            (false, true) => self.state.paused.fetch_add(1, Ordering::AcqRel),
+            (true, false) => self.state.paused.fetch_sub(1, Ordering::AcqRel),
+            _ => 0,
+        };
+    }
+
     fn give_up(&mut self, error: &RingError) {
         tracing::warn!(
             "{}: the guest's driver broke its queue: {error}; it must reset the device",
             self.name
         );
         self.state.broken.store(true, Ordering::Release);
+        Counters::add(&self.counters.errors, 1);
         if let Some(running) = &mut self.running {
             running.ring = None;
         }
@@ -219,14 +292,19 @@ impl<S: Serve> Worker<S> {
             ring.set_notify(false);
         }
         let interrupt = with_ring!(ring, r => {
-            let served = self.serve.serve(Request::oldest(r.stock()));
+            let request = Request::oldest(r.stock());
+            let read = request.readable.len();
+            let served = self.serve.serve(request);
             *starved = served.is_none();
             let Some(written) = served else { return Ok(false) };
+            Counters::add(&self.counters.requests, 1);
+            Counters::add(&self.counters.bytes, read + u64::from(written));
             r.use_written(written);
             r.publish()
         });
         if let Some(call) = queue.call.as_ref().filter(|_| interrupt) {
             host::signal::signal(descriptor(call));
+            Counters::add(&self.counters.interrupts, 1);
         }
         Ok(true)
     }
@@ -235,6 +313,8 @@ impl<S: Serve> Worker<S> {
     fn wait(&self) {
         let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
         match &self.running {
+            // Whatever comes stays in its descriptor until the thread goes on.
+            _ if self.paused => {}
             Some(Running { ring: Some(_), starved: true, .. }) => {
                 fds.extend(self.serve.source().map(|source| PollFd::new(source, PollFlags::POLLIN)));
             }
@@ -245,7 +325,7 @@ impl<S: Serve> Worker<S> {
         }
         let _ = poll(&mut fds, PollTimeout::NONE);
         let _ = self.wake.read();
-        if let Some(running) = &self.running {
+        if let Some(running) = self.running.as_ref().filter(|_| !self.paused) {
             let _ = running.queue.kick.read();
         }
     }

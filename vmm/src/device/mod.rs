@@ -8,7 +8,9 @@ pub(crate) mod serial;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::control::report::DeviceReport;
 use crate::layout;
+use crate::lifecycle::Lifecycle;
 use crate::pci::{PciBus, PciPorts};
 pub(crate) use power::Outcome;
 use serial::SerialPort;
@@ -23,6 +25,16 @@ pub(crate) struct Devices {
 impl Devices {
     pub(crate) fn new(serial: Option<Arc<Mutex<SerialPort>>>, pci: PciBus) -> Self {
         Self { serial, pci_ports: Mutex::new(PciPorts::default()), pci }
+    }
+
+    /// The devices that run by themselves.
+    pub(crate) fn parts(&self) -> Vec<&dyn Lifecycle> {
+        self.pci.functions().filter_map(|function| function.lifecycle()).collect()
+    }
+
+    /// What the devices tell about themselves.
+    pub(crate) fn reports(&self) -> Vec<DeviceReport> {
+        self.pci.functions().filter_map(|function| function.report()).collect()
     }
 
     /// The guest reads a port; `data` is filled whole.

@@ -15,6 +15,8 @@ use virtio::features;
 use virtio::memory::GuestMemory;
 
 use crate::config::DiskConfig;
+use crate::control::report::QueueReport;
+use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::Workers;
 pub(crate) use image::DiskError;
@@ -125,6 +127,14 @@ impl VirtioDevice for Disk {
 
     fn reset(&mut self) {
         self.workers.reset();
+    }
+
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        &self.workers
+    }
+
+    fn queue_reports(&self) -> Vec<QueueReport> {
+        self.workers.reports()
     }
 
     fn is_reset(&self) -> bool {

@@ -19,6 +19,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio::features;
 
 use crate::config::{NetConfig, VhostUserConfig};
+use crate::life::Events;
+use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup, VirtioDevice};
 use crate::worker::Workers;
@@ -87,6 +89,7 @@ fn configuration(state: &CardState, pairs: u16, mtu: Option<u16>) -> Vec<u8> {
 
 /// The card.
 pub(crate) struct Net {
+    name: String,
     offered: u64,
     state: Arc<CardState>,
     pairs: u16,
@@ -94,6 +97,8 @@ pub(crate) struct Net {
     queue_size: u16,
     teller: Teller,
     idle: Arc<AtomicBool>,
+    rests: Arc<AtomicBool>,
+    connected: Arc<AtomicBool>,
     control: Workers,
     thread: Option<JoinHandle<()>>,
 }
@@ -122,6 +127,7 @@ impl Net {
         config: &NetConfig,
         back: &VhostUserConfig,
         memory: Arc<GuestMemory>,
+        events: Events,
     ) -> Result<Self, NetError> {
         let packed = if back.packed { features::RING_PACKED } else { 0 };
         let several = if back.pairs > 1 { features::NET_MQ } else { 0 };
@@ -132,7 +138,16 @@ impl Net {
         let idle = Arc::new(AtomicBool::new(true));
         let state = Arc::new(CardState::new(config.mac, false));
         let for_rings = memory.for_rings().map_err(std::io::Error::other)?;
-        let ties = Ties { commands: received, wake: wake.clone(), idle: idle.clone(), state: state.clone() };
+        let (rests, connected) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let ties = Ties {
+            commands: received,
+            wake: wake.clone(),
+            idle: idle.clone(),
+            state: state.clone(),
+            rests: rests.clone(),
+            connected: connected.clone(),
+            events,
+        };
         let (mut session, theirs) = Session::begin(config, back, wanted, memory, ties)?;
         let mtu = if config.mtu.is_some() { features::NET_MTU } else { 0 };
         let offered = theirs.features & wanted
@@ -153,6 +168,7 @@ impl Net {
         let thread =
             std::thread::Builder::new().name(format!("net {}", config.name)).spawn(move || session.run())?;
         Ok(Self {
+            name: config.name.clone(),
             offered,
             state,
             pairs: theirs.pairs,
@@ -160,6 +176,8 @@ impl Net {
             queue_size: config.queue_size,
             teller,
             idle,
+            rests,
+            connected,
             control,
             thread: Some(thread),
         })
@@ -220,6 +238,35 @@ impl VirtioDevice for Net {
 
     fn is_broken(&self) -> bool {
         self.control.are_broken()
+    }
+
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        self
+    }
+
+    fn back_end(&self) -> Option<bool> {
+        Some(self.connected.load(Ordering::Relaxed))
+    }
+}
+
+/// The back end gives its rings back and gets them again where it left off; the card's own queue rests meanwhile.
+impl Lifecycle for Net {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn pause(&self) {
+        self.control.pause();
+        self.teller.tell(Command::Pause);
+    }
+
+    fn is_paused(&self) -> bool {
+        self.control.is_paused() && self.rests.load(Ordering::Acquire)
+    }
+
+    fn resume(&self) {
+        self.control.resume();
+        self.teller.tell(Command::Resume);
     }
 }
 

@@ -23,6 +23,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::control::CardState;
 use super::{NetError, QUEUES};
 use crate::config::{NetConfig, VhostUserConfig};
+use crate::control::report::EventKind;
+use crate::life::Events;
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
 use crate::worker::PACKED_START;
@@ -40,6 +42,10 @@ pub(super) enum Command {
     Pairs(u16),
     /// The driver resets the card.
     Stop,
+    /// The machine comes to rest.
+    Pause,
+    /// It goes on.
+    Resume,
     /// The machine ends.
     End,
 }
@@ -50,6 +56,11 @@ pub(super) struct Ties {
     pub(super) wake: Arc<EventFd>,
     pub(super) idle: Arc<AtomicBool>,
     pub(super) state: Arc<CardState>,
+    /// The back end has no ring, because the machine rests.
+    pub(super) rests: Arc<AtomicBool>,
+    /// There is a back end.
+    pub(super) connected: Arc<AtomicBool>,
+    pub(super) events: Events,
 }
 
 /// What a back end has of what we want.
@@ -76,6 +87,8 @@ struct Running {
     /// How many pairs of queues the driver uses: one, until it says otherwise.
     pairs: u16,
     inflight: Option<InflightRegion>,
+    /// Where its rings were when the machine came to rest; nobody touched them since.
+    bases: Vec<(u16, u32)>,
     /// It had a back end before this one: rings go on, they do not begin.
     goes_on: bool,
     /// The queues run.
@@ -157,12 +170,15 @@ impl Session {
                         activation,
                         pairs: 1,
                         inflight: None,
+                        bases: Vec::new(),
                         goes_on: false,
                         started: false,
                     });
                 }
                 Ok(Command::Pairs(pairs)) => self.use_pairs(pairs),
                 Ok(Command::Stop) => self.stop(),
+                Ok(Command::Pause) => self.rest(),
+                Ok(Command::Resume) => self.ties.rests.store(false, Ordering::Release),
                 Ok(Command::End) | Err(TryRecvError::Disconnected) => return self.stop(),
                 Err(TryRecvError::Empty) => {
                     if self.front.is_none() && self.meet().is_none() {
@@ -221,6 +237,8 @@ impl Session {
                 self.complained = false;
                 let offer = Offer { features: agreed.features, pairs };
                 self.front = Some((front, agreed.protocol, offer));
+                self.ties.connected.store(true, Ordering::Relaxed);
+                self.ties.events.note(EventKind::BackEndConnected, Some(&self.name));
                 if self.ties.state.link_up() {
                     self.tell_of_change();
                 }
@@ -249,19 +267,20 @@ impl Session {
         let (Some((front, protocol, offer)), Some(running)) = (&mut self.front, &mut self.running) else {
             return;
         };
-        if running.started {
+        if running.started || self.ties.rests.load(Ordering::Acquire) {
             return;
         }
         // It came while no driver used the card, and may lack what this one was offered before: met again, it is judged.
         let used = running.activation.features & self.wanted;
         if used & !offer.features != 0 || used & features::NET_MQ != 0 && offer.pairs < self.pairs {
-            self.front = None;
+            self.gone();
             return;
         }
         let told = tell(front, *protocol, running, &self.memory, self.wanted, self.mtu);
         match told {
             Ok(()) => {
                 running.started = true;
+                running.bases.clear();
                 let again = std::mem::replace(&mut running.goes_on, true);
                 // Whatever was said while nobody listened is said again: buffers to take, buffers that were used.
                 for queue in &running.activation.queues {
@@ -275,10 +294,41 @@ impl Session {
                 }
             }
             Err(error) => {
-                self.front = None;
+                self.gone();
                 self.complain(&error.to_string());
                 self.pause();
             }
+        }
+    }
+
+    /// Takes the rings back and keeps where they were. One that does not give them back in time loses the connection, and with
+    /// it the rings.
+    fn rest(&mut self) {
+        if let (Some((front, ..)), Some(running)) = (&mut self.front, &mut self.running)
+            && std::mem::replace(&mut running.started, false)
+        {
+            let stopped = running.activation.queues.iter().map(|queue| {
+                let base = front.stop_queue(queue.index)?;
+                Ok((queue.index, base))
+            });
+            match stopped.collect::<Result<Vec<_>, FrontEndError>>() {
+                Ok(bases) => running.bases = bases,
+                Err(error) => self.lose(&error),
+            }
+        }
+        self.ties.rests.store(true, Ordering::Release);
+    }
+
+    /// Ends the connection: the back end did not do what it was told.
+    fn lose(&mut self, error: &FrontEndError) {
+        tracing::warn!("{}: {error}", self.name);
+        self.gone();
+    }
+
+    fn gone(&mut self) {
+        self.front = None;
+        if self.ties.connected.swap(false, Ordering::Relaxed) {
+            self.ties.events.note(EventKind::BackEndGone, Some(&self.name));
         }
     }
 
@@ -297,10 +347,8 @@ impl Session {
                 continue;
             }
             if let Err(error) = front.enable_queue(queue.index, is) {
-                tracing::warn!("{}: {error}", self.name);
-                self.front = None;
                 running.started = false;
-                return;
+                return self.lose(&error);
             }
             // What was put there before it was enabled.
             signal(&queue.kick);
@@ -323,8 +371,7 @@ impl Session {
                 queues.map(|queue| front.stop_queue(queue.index)).collect::<Result<Vec<_>, _>>()
             {
                 // Without the connection, the back end lets go as well.
-                tracing::warn!("{}: {error}", self.name);
-                self.front = None;
+                self.lose(&error);
             }
         }
         self.running = None;
@@ -344,7 +391,7 @@ impl Session {
         let ended = fds.first().and_then(PollFd::any).unwrap_or(false);
         let _ = self.ties.wake.read();
         if ended {
-            self.front = None;
+            self.gone();
             if let Some(running) = &mut self.running {
                 running.started = false;
             }
@@ -407,7 +454,9 @@ fn tell(
         has_inflight = true;
     }
     for queue in &activation.queues {
+        let kept = running.bases.iter().find(|(index, _)| *index == queue.index).map(|(_, base)| *base);
         let base = match (packed, running.goes_on) {
+            _ if kept.is_some() => kept,
             (true, false) => Some(PACKED_START),
             (true, true) if has_inflight => None,
             (true, true) => {

@@ -16,6 +16,8 @@ use super::control::CardState;
 use super::{KIND, NetError, QUEUES, configuration};
 use crate::buffers::Request;
 use crate::config::NetConfig;
+use crate::control::report::QueueReport;
+use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::{Serve, Workers};
 
@@ -85,6 +87,14 @@ impl VirtioDevice for TapCard {
 
     fn reset(&mut self) {
         self.workers.reset();
+    }
+
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        &self.workers
+    }
+
+    fn queue_reports(&self) -> Vec<QueueReport> {
+        self.workers.reports()
     }
 
     fn is_reset(&self) -> bool {

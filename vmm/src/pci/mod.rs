@@ -8,7 +8,9 @@ pub(crate) mod msix;
 
 use std::sync::{Arc, Mutex};
 
+use crate::control::report::DeviceReport;
 use crate::device::lock;
+use crate::lifecycle::Lifecycle;
 pub(crate) use config::{ConfigSpace, Identity};
 
 /// A function on the bus. Offsets and lengths of configuration accesses were checked; those into its memory were not.
@@ -21,6 +23,14 @@ pub(crate) trait Function: Send + Sync {
     fn read_memory(&self, address: u64, data: &mut [u8]) -> bool;
     /// Writes device memory at a guest-physical address; `false`: it is none of this function's.
     fn write_memory(&self, address: u64, data: &[u8]) -> bool;
+    /// What of it runs by itself.
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        None
+    }
+    /// What it tells about itself.
+    fn report(&self) -> Option<DeviceReport> {
+        None
+    }
 }
 
 /// The host bridge has configuration space and nothing else.
@@ -67,6 +77,11 @@ impl PciBus {
     /// Puts a function into the next device's place; the bus has 32.
     pub(crate) fn add(&mut self, function: Arc<dyn Function>) {
         self.functions.push((self.functions.len() as u64 * 8, function));
+    }
+
+    /// All functions.
+    pub(crate) fn functions(&self) -> impl Iterator<Item = &dyn Function> {
+        self.functions.iter().map(|(_, function)| function.as_ref())
     }
 
     /// The guest reads device memory. `data` stays as it is where nothing is.

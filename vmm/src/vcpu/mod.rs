@@ -8,7 +8,7 @@ pub(crate) mod exits;
 pub(crate) mod registers;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::device::{Devices, Outcome};
+use crate::lifecycle::Lifecycle;
 use crate::machine::{Event, StartError};
 use exits::{ExitCounters, ExitReason};
 
@@ -32,11 +33,33 @@ pub(crate) struct Scheduling {
     pub(crate) priority: Option<u8>,
 }
 
+/// What a vCPU's thread is to do.
+const RUN: u8 = 0;
+const REST: u8 = 1;
+const STOP: u8 = 2;
+
+/// What passes between a vCPU's thread and the others.
+#[derive(Default)]
+struct Orders {
+    order: AtomicU8,
+    /// It is out of the guest, and stays.
+    rests: AtomicBool,
+}
+
+/// Where a vCPU is, and what it does.
+#[derive(Clone)]
+pub(crate) struct VcpuPlace {
+    pub(crate) number: u32,
+    pub(crate) thread: i32,
+    pub(crate) scheduling: Scheduling,
+    pub(crate) exits: Arc<ExitCounters>,
+}
+
 /// A vCPU that runs.
 pub(crate) struct RunningVcpu {
     thread: Option<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-    exits: Arc<ExitCounters>,
+    orders: Arc<Orders>,
+    place: VcpuPlace,
 }
 
 /// A vCPU that is ready to run.
@@ -66,33 +89,56 @@ impl Vcpu {
     ) -> Result<RunningVcpu, StartError> {
         extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(kick(), nothing).map_err(|error| StartError::Thread(error.into()))?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let orders = Arc::new(Orders::default());
+        let number = self.number;
         let exits = Arc::new(ExitCounters::default());
         let (ready, is_ready) = bounded(1);
-        let (stopping, counters) = (stop.clone(), exits.clone());
+        let (ordered, counters) = (orders.clone(), exits.clone());
         let thread = std::thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || {
             let arranged = arrange(scheduling);
             let failed = arranged.is_err();
-            if ready.send(arranged).is_err() || failed {
+            if ready.send(arranged.map(|()| nix::unistd::gettid().as_raw())).is_err() || failed {
                 return;
             }
             let _ = gate.recv();
-            self.run(&stopping, &counters);
+            self.run(&ordered, &counters);
         });
         let thread = thread.map_err(StartError::Thread)?;
-        is_ready.recv().unwrap_or_else(|_| Err(StartError::Thread(std::io::ErrorKind::Other.into())))?;
-        Ok(RunningVcpu { thread: Some(thread), stop, exits })
+        let number_of_thread =
+            is_ready.recv().unwrap_or_else(|_| Err(StartError::Thread(std::io::ErrorKind::Other.into())))?;
+        let place = VcpuPlace { number, thread: number_of_thread, scheduling, exits };
+        Ok(RunningVcpu { thread: Some(thread), orders, place })
     }
 
-    /// Runs the guest until it ends or `stop` is set.
-    fn run(mut self, stop: &AtomicBool, counters: &ExitCounters) {
-        while !stop.load(Ordering::Acquire) {
+    /// Runs the guest until it ends or is to stop.
+    fn run(mut self, orders: &Orders, counters: &ExitCounters) {
+        loop {
+            match orders.order.load(Ordering::Acquire) {
+                STOP => return,
+                REST => {
+                    self.rest(orders);
+                    continue;
+                }
+                _ => {}
+            }
             if let Next::Report(event) = self.enter(counters) {
                 // Nobody listens any more: the machine is being taken apart.
                 let _ = self.events.send(event);
                 return;
             }
         }
+    }
+
+    /// Waits until it is to do something else.
+    fn rest(&self, orders: &Orders) {
+        orders.rests.store(true, Ordering::Release);
+        while orders.order.load(Ordering::Acquire) == REST {
+            std::thread::park();
+        }
+        orders.rests.store(false, Ordering::Release);
+        // A guest that knows why time went by does not complain of a stuck processor. One without kvm-clock has nothing to be
+        // told.
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     /// Enters the guest once and handles what it leaves for.
@@ -173,12 +219,22 @@ fn arrange(scheduling: Scheduling) -> Result<(), StartError> {
 impl RunningVcpu {
     /// Its exit counters.
     pub(crate) fn exits(&self) -> &Arc<ExitCounters> {
-        &self.exits
+        &self.place.exits
+    }
+
+    /// Where it is.
+    pub(crate) fn place(&self) -> &VcpuPlace {
+        &self.place
+    }
+
+    fn order(&self, order: u8) {
+        self.orders.order.store(order, Ordering::Release);
+        self.thread.iter().for_each(|thread| thread.thread().unpark());
     }
 
     /// Tells it to stop; it may still be in the guest.
     fn tell(&self) {
-        self.stop.store(true, Ordering::Release);
+        self.order(STOP);
     }
 
     /// Waits until it is out of the guest. The signal may come just before the guest is entered, and is repeated then.
@@ -189,6 +245,30 @@ impl RunningVcpu {
             std::thread::sleep(Duration::from_micros(500));
         }
         let _ = thread.join();
+    }
+}
+
+impl Lifecycle for RunningVcpu {
+    fn name(&self) -> String {
+        format!("vCPU {}", self.place.number)
+    }
+
+    fn pause(&self) {
+        self.order(REST);
+    }
+
+    /// Calls it out of the guest, again each time: the call may come just before the guest is entered.
+    fn is_paused(&self) -> bool {
+        let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) else { return true };
+        if self.orders.rests.load(Ordering::Acquire) {
+            return true;
+        }
+        let _ = thread.kill(kick());
+        false
+    }
+
+    fn resume(&self) {
+        self.order(RUN);
     }
 }
 

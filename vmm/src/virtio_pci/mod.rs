@@ -14,8 +14,10 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use virtio::memory::HostRange;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::control::report::{DeviceReport, QueueReport};
 use crate::device::lock;
 use crate::interrupts::Interrupts;
+use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::pci::msix::{ENTRY, MsiX};
 use crate::pci::{ConfigSpace, Function, Identity};
@@ -90,6 +92,16 @@ pub(crate) trait VirtioDevice: Send {
     fn reset(&mut self);
     /// Whether it has let go of the queues.
     fn is_reset(&self) -> bool;
+    /// What of it runs by itself.
+    fn lifecycle(&self) -> &dyn Lifecycle;
+    /// Whether its back end is connected, if it has one.
+    fn back_end(&self) -> Option<bool> {
+        None
+    }
+    /// The queues that this process works on.
+    fn queue_reports(&self) -> Vec<QueueReport> {
+        Vec::new()
+    }
     /// Whether it cannot go on before it is reset, because of something that the driver did.
     fn is_broken(&self) -> bool {
         false
@@ -109,6 +121,8 @@ struct Inner {
     memory: Arc<GuestMemory>,
     interrupts: Arc<Interrupts>,
     kicks: Vec<EventFd>,
+    /// Notifications that took an exit.
+    kicked: u64,
     /// Where BAR 0 is and KVM knows the notification addresses.
     mapped: Option<u64>,
 }
@@ -162,6 +176,7 @@ impl VirtioPci {
             kicks: kicks.collect::<std::io::Result<_>>()?,
             device,
             resetting: false,
+            kicked: 0,
             memory,
             interrupts,
             mapped: None,
@@ -195,6 +210,46 @@ impl Function for VirtioPci {
         let Some(offset) = inner.offset(address) else { return false };
         inner.write(offset, data);
         true
+    }
+
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        Some(self)
+    }
+
+    fn report(&self) -> Option<DeviceReport> {
+        let inner = lock(&self.0);
+        let kind = match inner.device.kind().0 {
+            1 => "net",
+            2 => "disk",
+            3 => "console",
+            4 => "rng",
+            _ => "other",
+        };
+        Some(DeviceReport {
+            name: inner.device.lifecycle().name(),
+            kind: kind.to_owned(),
+            back_end: inner.device.back_end(),
+            kicks: inner.kicked,
+            queues: inner.device.queue_reports(),
+        })
+    }
+}
+
+impl Lifecycle for VirtioPci {
+    fn name(&self) -> String {
+        lock(&self.0).device.lifecycle().name()
+    }
+
+    fn pause(&self) {
+        lock(&self.0).device.lifecycle().pause();
+    }
+
+    fn is_paused(&self) -> bool {
+        lock(&self.0).device.lifecycle().is_paused()
+    }
+
+    fn resume(&self) {
+        lock(&self.0).device.lifecycle().resume();
     }
 }
 
@@ -267,6 +322,7 @@ impl Inner {
                         unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(kick)) };
                     // A back end holds it too, and may have filled it: this never waits.
                     host::signal::signal(kick);
+                    self.kicked += 1;
                 }
             }
             MSIX_TABLE..MSIX_PENDING if offset - MSIX_TABLE < u64::from(self.msix.count()) * ENTRY as u64 => {

@@ -31,12 +31,26 @@ impl VirtioDevice for Slow {
         Vec::new()
     }
     fn activate(&mut self, _: Activation) {}
+    fn lifecycle(&self) -> &dyn Lifecycle {
+        self
+    }
     fn reset(&mut self) {
         self.resets.fetch_add(1, Ordering::Relaxed);
     }
     fn is_reset(&self) -> bool {
         self.done.load(Ordering::Relaxed)
     }
+}
+
+impl Lifecycle for Slow {
+    fn name(&self) -> String {
+        "slow".to_owned()
+    }
+    fn pause(&self) {}
+    fn is_paused(&self) -> bool {
+        true
+    }
+    fn resume(&self) {}
 }
 
 /// The function of `device`, with its memory switched on; `None` where there is no KVM.

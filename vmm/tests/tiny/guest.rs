@@ -4,11 +4,13 @@
 //! a KVM that emulates gets through it at once.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
 use vmm::ExitReason;
 use vmm::config::Config;
+use vmm::life::Life;
 use vmm::machine::{Ended, Machine, Remote};
 use vmm::preflight::Preflight;
 
@@ -153,6 +155,7 @@ impl Code {
 pub(crate) struct Guest {
     dir: TempDir,
     machine: Machine,
+    pub(crate) life: Arc<Life>,
 }
 
 impl Guest {
@@ -168,8 +171,9 @@ impl Guest {
         let text = format!("[vm]\nkernel = \"kernel\"\nserial = \"file:console\"\n{keys}");
         let config = Config::parse(&text, &dir.path().join("vm.toml")).unwrap();
         let preflight = Preflight::new(&config).unwrap_or_else(|error| panic!("{error}"));
-        let machine = Machine::start(&config, preflight).unwrap_or_else(|error| panic!("{error}"));
-        Self { dir, machine }
+        let life = Life::new(&config);
+        let machine = Machine::start(&config, preflight, &life).unwrap_or_else(|error| panic!("{error}"));
+        Self { dir, machine, life }
     }
 
     pub(crate) fn remote(&self) -> Remote {

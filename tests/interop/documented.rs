@@ -171,7 +171,7 @@ impl World {
                 succeeds(&mut self.cableway(&words[1..]), command);
             }
             ["cableway", "vm", "list", ..] => succeeds(&mut self.cableway(&words[1..]), command),
-            // `lab/run vm-control` has a machine to ask; here the words are right, and nobody is there.
+            // vmm/tests/tiny has machines to ask; here the words are right, and nobody is there.
             [
                 "cableway",
                 "vm",

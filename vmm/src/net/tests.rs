@@ -207,28 +207,3 @@ fn a_machine_at_rest_takes_the_rings_back_and_its_back_end_gets_them_again() {
     }
     assert_eq!(card.back_end(), Some(true));
 }
-
-#[test]
-fn a_back_end_that_never_answers_holds_neither_driver_nor_pause() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    // It takes connections, and that is all.
-    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let _mute = std::thread::spawn(move || listener.incoming().collect::<Vec<_>>());
-    let mut driver = Driver::new();
-    let start = Instant::now();
-    let mut card = card(&socket, 1, false, driver.memory());
-    assert!(start.elapsed() >= Duration::from_secs(4), "{:?}: it was not asked", start.elapsed());
-    let start = Instant::now();
-    card.activate(driver.activation(&[0, 1, 2], AGREED & !features::NET_MQ));
-    let _ = (card.config(), card.is_broken(), card.is_reset());
-    card.lifecycle().pause();
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}: a vCPU waited", start.elapsed());
-    until("it rests", || card.lifecycle().is_paused());
-    card.lifecycle().resume();
-    card.reset();
-    until("it let go", || card.is_reset());
-    // An answer is waited for 5 s: for each of the three things that its thread was told, at most once.
-    assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
-    assert_eq!(card.back_end(), Some(false));
-}

@@ -25,7 +25,7 @@ pub(crate) enum NicCommand {
     Unbind(UnbindArgs),
     /// Make virtual functions of a card, in place of those that there are.
     Vfs(VfsArgs),
-    /// Change what a virtual function may, as `ip link set … vf` does, or show it. Its driver begins anew.
+    /// Change what a virtual function may, as `ip link set … vf` does, or show it. For cards that a running switch has; its driver begins anew.
     Vf(vf::VfArgs),
 }
 

@@ -94,13 +94,6 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
     for nic in &node.nics {
         let (bdf, force, count) = (nic.device, nic.force, nic.vfs);
         let Some(function) = host::pci::find(root, bdf) else { continue };
-        if let Some(count) = count.filter(|count| function.virtuals.len() != usize::from(*count)) {
-            steps.push(Step {
-                change: Change::Virtuals { device: bdf.to_string() },
-                what: format!("make {count} virtual functions of {bdf}"),
-                make: Box::new(move || Ok(bind::set_virtuals(root, bdf, count)?)),
-            });
-        }
         if nic.bind && function.driver.as_deref() != Some("vfio-pci") {
             let driver = function.driver.clone().unwrap_or_else(|| "no driver".to_owned());
             steps.push(Step {
@@ -110,6 +103,14 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
                     bind::bind(root, &bind::check(root, bdf, &[bdf], force)?)?;
                     Ok(())
                 }),
+            });
+        }
+        // Behind that: functions are whose the card is, and a card with functions does not change hands.
+        if let Some(count) = count.filter(|count| function.virtuals.len() != usize::from(*count)) {
+            steps.push(Step {
+                change: Change::Virtuals { device: bdf.to_string() },
+                what: format!("make {count} virtual functions of {bdf}"),
+                make: Box::new(move || Ok(bind::set_virtuals(root, bdf, count)?)),
             });
         }
     }

@@ -91,6 +91,42 @@ fn nothing_is_granted_before_a_function_has_begun_and_after_it_was_reset() {
 }
 
 #[test]
+fn what_all_functions_may_changes_as_a_whole_and_those_that_stay_as_they_are_notice_nothing() {
+    let mut world = World::new();
+    for vf in 0..COUNT {
+        world.ask(vf, &[1]);
+    }
+    let active = |world: &World| -> Vec<bool> {
+        world.opened.nic.virtual_functions().iter().map(|f| f.active).collect()
+    };
+    let with = |last: u8| Settings { mac: Some([2, 0, 0, 0, 0, last]), ..Settings::default() };
+    world.opened.nic.set_virtual_functions(&[Settings::default(), with(1)]).unwrap();
+    assert_eq!(active(&world), [true, false, true], "only the one that changed begins anew");
+    // Two exchange their addresses at once; twice the same one, and one function too many, change nothing.
+    world.opened.nic.set_virtual_functions(&[with(2), with(1)]).unwrap();
+    world.opened.nic.set_virtual_functions(&[with(1), with(2)]).unwrap();
+    let macs = |world: &World| [0, 1].map(|n: usize| world.opened.nic.virtual_functions()[n].mac[5]);
+    assert_eq!(macs(&world), [1, 2]);
+    for refused in [&[with(3), with(3)][..], &[with(3), Settings { vlan: Some(0), ..with(4) }], &[with(3); 4]]
+    {
+        assert!(world.opened.nic.set_virtual_functions(refused).is_err());
+        assert_eq!(macs(&world), [1, 2]);
+    }
+    assert!(active(&world)[2], "the third was never touched");
+}
+
+#[test]
+fn a_card_whose_number_of_functions_changes_under_its_driver_is_stopped_with_the_reason() {
+    let mut world = World::new();
+    let shared = STATUS::IOV_MODE.value() | STATUS::NUM_VFS.is(COUNT + 1).value();
+    world.card.stuck.lock().unwrap().retain(|(offset, ..)| *offset != STATUS.offset());
+    world.card.stuck.lock().unwrap().push((STATUS.offset(), 0x1f << 14, shared));
+    let error = world.opened.nic.link().unwrap_err().to_string();
+    assert!(error.contains("another number of virtual functions"), "{error}");
+    assert!(world.opened.nic.link().is_err(), "it stays stopped");
+}
+
+#[test]
 fn a_function_has_its_share_of_vlans_and_one_that_it_leaves_makes_room() {
     let mut world = World::new();
     world.ask(1, &[1]);

@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod doctor;
+mod image;
 mod interrupt;
 mod latency;
 mod log;
@@ -16,6 +17,7 @@ mod ready;
 mod switch;
 mod tune;
 mod vm;
+mod vnf;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,7 @@ enum Command {
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     Doctor(doctor::DoctorArgs),
+    Image(image::ImageArgs),
     Latency(latency::LatencyArgs),
     #[command(subcommand)]
     Nic(nic::NicCommand),
@@ -46,6 +49,8 @@ enum Command {
     #[command(subcommand)]
     Tune(tune::TuneCommand),
     Vm(Box<vm::VmArgs>),
+    #[command(subcommand)]
+    Vnf(vnf::VnfCommand),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +62,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Latency(args) => latency::run(&args),
         Command::Nic(command) => nic::run(command),
         Command::Up(args) => node::up(&args),
@@ -65,6 +71,7 @@ fn main() -> ExitCode {
         Command::Switch(args) => switch::run(args),
         Command::Tune(command) => tune::run(&command),
         Command::Vm(args) => vm::run(*args),
+        Command::Vnf(command) => vnf::run(&command),
     };
     done.unwrap_or_else(|error| {
         eprintln!("cableway: {error:#}");

@@ -15,6 +15,7 @@ mod node;
 mod output;
 mod ready;
 mod switch;
+mod top;
 mod tune;
 mod vm;
 mod vnf;
@@ -46,6 +47,7 @@ enum Command {
     Down(node::DownArgs),
     Status(node::StatusArgs),
     Switch(switch::SwitchArgs),
+    Top(top::TopArgs),
     #[command(subcommand)]
     Tune(tune::TuneCommand),
     Vm(Box<vm::VmArgs>),
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         Command::Down(args) => node::down(&args),
         Command::Status(args) => node::status(&args),
         Command::Switch(args) => switch::run(args),
+        Command::Top(args) => top::run(&args),
         Command::Tune(command) => tune::run(&command),
         Command::Vm(args) => vm::run(*args),
         Command::Vnf(command) => vnf::run(&command),

@@ -10,11 +10,13 @@ mod crash;
 mod doctor;
 mod files;
 mod front_end;
+mod image;
 mod node;
 #[allow(dead_code, clippy::expect_used)] // the session tests of `vhost-user` need the rest
 #[path = "../../vhost-user/tests/session/raw.rs"]
 mod raw;
 mod systemd;
+mod top;
 mod vm;
 mod world;
 

@@ -259,18 +259,27 @@ fn every_node_of_configs_is_planned() {
         return;
     }
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for (name, devices) in [("node", 0), ("chain", 0), ("realtime", 0), ("pvp", 2)] {
+    for (name, devices) in [("node", 0), ("chain", 0), ("demo", 0), ("realtime", 0), ("pvp", 2)] {
         let place = Place::new("");
         let mut kernel = vec![0; 2048];
         kernel[0x202..0x206].copy_from_slice(b"HdrS");
-        for file in
-            ["vmlinuz", "near.cpio", "far.cpio", "vnf.cpio", "firewall.cpio", "nat.cpio", "balancer.cpio"]
-        {
+        for file in [
+            "vmlinuz",
+            "kernel",
+            "initramfs.cpio",
+            "near.cpio",
+            "far.cpio",
+            "vnf.cpio",
+            "firewall.cpio",
+            "nat.cpio",
+            "balancer.cpio",
+        ] {
             fs::write(place.0.path().join(file), &kernel).unwrap();
         }
         let text = fs::read_to_string(configs.join(format!("{name}.toml"))).unwrap();
         // Huge pages may be in use by other tests; that they are counted is for another one.
         let text = text.replace("/boot/vmlinuz", "vmlinuz").replace("pages = \"2M\"", "pages = \"4K\"");
+        let text = text.replace("/var/lib/cableway/image/", "");
         fs::write(place.file(), text).unwrap();
         let plan = place.up(&["--plan"]);
         let said = text_of(&plan);

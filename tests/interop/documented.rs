@@ -120,6 +120,10 @@ impl World {
         fs::write(world.path("vm.toml"), machine.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
         let node = fs::read_to_string(root.join("configs/node.toml")).unwrap();
         fs::write(world.path("node.toml"), node.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
+        let demo = fs::read_to_string(root.join("configs/demo.toml")).unwrap();
+        let demo = demo.replace("/var/lib/cableway/image/initramfs.cpio", "initrd.cpio");
+        fs::write(world.path("demo.toml"), demo.replace("/var/lib/cableway/image/kernel", "vmlinux"))
+            .unwrap();
         for image in ["vmlinux", "vmlinuz", "initrd.cpio"] {
             symlink(root.join("lab/cache").join(image), world.path(image)).unwrap();
         }
@@ -190,6 +194,27 @@ impl World {
                 let check = if has("--check") { None } else { Some("--check") };
                 succeeds(self.cableway(&words[1..]).args(check), command);
             }
+            // Debian's kernel is downloaded by hand only; the lab's is here already.
+            ["cableway", "image", ..] => {
+                let modules = self.path("modules");
+                fs::create_dir_all(&modules).unwrap();
+                let unpacked = Command::new("busybox")
+                    .args(["cpio", "-id", "lib/modules/*.ko"])
+                    .stdin(fs::File::open(self.path("initrd.cpio")).unwrap())
+                    .current_dir(&modules)
+                    .output()
+                    .unwrap();
+                assert!(unpacked.status.success(), "{unpacked:?}");
+                let mut image = self.cableway(&["image"]);
+                image.arg("--output").arg(self.path("image")).arg("--kernel").arg(self.path("vmlinux"));
+                succeeds(image.arg("--modules").arg(modules), command);
+            }
+            ["cableway", "top", ..] => {
+                self.serve("server");
+                let dir = self.dir.path().to_str().unwrap().to_owned();
+                let once = if has("--once") { None } else { Some("--once") };
+                succeeds(self.cableway(&words[1..]).args(["--run-dir", &dir]).args(once), command);
+            }
             // As with machines: for ./check lab.
             ["cableway", "up", file, ..] => {
                 assert!(
@@ -229,6 +254,7 @@ impl World {
             ("FILE", "/FILE.toml"),
             ("configs/vm.toml", "/vm.toml"),
             ("configs/node.toml", "/node.toml"),
+            ("configs/demo.toml", "/demo.toml"),
             (" vmlinux", "/vmlinux"),
             (" initrd.cpio", "/initrd.cpio"),
         ] {

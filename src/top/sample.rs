@@ -1,0 +1,200 @@
+//! What there is at one moment: times of cores and threads from /proc, counters from the switch.
+//!
+//! Reads only. A process or thread that ends meanwhile is left out.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use control::client;
+use switch::control::door;
+use switch::control::report::{PortsReport, StatsReport, SwitchInfo};
+
+/// The commands of `cableway vm` that ask.
+const ASK: [&str; 9] = ["list", "info", "pause", "resume", "reboot", "shutdown", "kill", "console", "events"];
+
+/// Everything at one moment.
+pub(super) struct Sample {
+    pub(super) at: Instant,
+    /// By number.
+    pub(super) cores: BTreeMap<u32, CoreTimes>,
+    /// The switch of the run directory, or why it does not answer.
+    pub(super) switch: Result<Switch, String>,
+    /// Processes of ours: the switch and virtual machines.
+    pub(super) processes: Vec<Process>,
+}
+
+/// What the switch told.
+pub(super) struct Switch {
+    pub(super) info: SwitchInfo,
+    pub(super) stats: StatsReport,
+    pub(super) ports: PortsReport,
+}
+
+/// A core's clock ticks since the start of the machine (proc(5), /proc/stat).
+#[derive(Clone, Copy, Default)]
+pub(super) struct CoreTimes {
+    pub(super) busy: u64,
+    pub(super) steal: u64,
+    pub(super) all: u64,
+}
+
+/// A process of ours.
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// `switch`, or the machine's name.
+    pub(super) name: String,
+    pub(super) is_machine: bool,
+    /// Exits of its guest to KVM; `None`: debugfs is not there, or not for this user.
+    pub(super) exits: Option<u64>,
+    pub(super) threads: Vec<Thread>,
+}
+
+/// A thread.
+#[derive(Clone)]
+pub(super) struct Thread {
+    pub(super) id: u32,
+    pub(super) name: String,
+    /// The core that it ran on last.
+    pub(super) core: u32,
+    /// Nanoseconds that it ran, and that it waited for a core (Documentation/scheduler/sched-stats.rst).
+    pub(super) ran: u64,
+    pub(super) waited: u64,
+}
+
+impl Sample {
+    /// Looks at everything.
+    pub(super) fn take(run_dir: &Path) -> Self {
+        let proc = Path::new("/proc");
+        let switch = ask(run_dir);
+        let mut processes = Vec::new();
+        if let Ok(switch) = &switch {
+            processes.push(Process::new(proc, switch.info.pid, "switch".to_owned(), false));
+        }
+        processes.extend(machines(proc).into_iter().map(|(pid, name)| Process::new(proc, pid, name, true)));
+        let stat = fs::read_to_string(proc.join("stat")).unwrap_or_default();
+        Self { at: Instant::now(), cores: cores(&stat), switch, processes }
+    }
+}
+
+fn ask(run_dir: &Path) -> Result<Switch, String> {
+    let door = door(run_dir);
+    let asked = || {
+        Ok(Switch {
+            info: client::get(&door, "/v1/switch")?.value,
+            stats: client::get(&door, "/v1/stats")?.value,
+            ports: client::get(&door, "/v1/ports")?.value,
+        })
+    };
+    asked().map_err(|error: client::ClientError| error.to_string())
+}
+
+fn cores(stat: &str) -> BTreeMap<u32, CoreTimes> {
+    let core = |line: &str| {
+        let (number, times) = line.strip_prefix("cpu")?.split_once(' ')?;
+        // user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
+        let times: Vec<u64> = times.split_whitespace().take(8).filter_map(|time| time.parse().ok()).collect();
+        let [user, nice, system, idle, iowait, irq, softirq, steal] = times.try_into().ok()?;
+        let busy = user + nice + system + irq + softirq;
+        Some((number.parse().ok()?, CoreTimes { busy, steal, all: busy + steal + idle + iowait }))
+    };
+    stat.lines().filter_map(core).collect()
+}
+
+/// Virtual machines of this machine, whoever started them.
+fn machines(proc: &Path) -> Vec<(u32, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(proc).into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if let Some(name) = machine_of(&words) {
+            found.push((pid, name));
+        }
+    }
+    found.sort_unstable();
+    found
+}
+
+/// The name of the machine that a process runs, by its command line.
+fn machine_of(words: &[u8]) -> Option<String> {
+    let words: Vec<_> = words.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+    let program = Path::new(words.first()?.as_ref()).file_name()?.to_str()?.to_owned();
+    // Commands that ask a machine end at once; none has a configuration as its first word.
+    if program != "cableway" || words.get(1)? != "vm" || ASK.contains(&words.get(2)?.as_ref()) {
+        return None;
+    }
+    let behind = |flag: &str| words.iter().position(|word| word == flag).and_then(|at| words.get(at + 1));
+    let file = words.get(2).filter(|word| !word.starts_with('-'));
+    let stem =
+        || file.and_then(|file| Some(Path::new(file.as_ref()).file_stem()?.to_string_lossy().into_owned()));
+    let given = behind("--vm").or_else(|| behind("--name")).map(ToString::to_string);
+    given.or_else(stem).or_else(|| Some("vm".to_owned()))
+}
+
+impl Process {
+    fn new(proc: &Path, pid: u32, name: String, is_machine: bool) -> Self {
+        let tasks = fs::read_dir(proc.join(pid.to_string()).join("task")).into_iter().flatten().flatten();
+        let thread = |task: fs::DirEntry| {
+            let id = task.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+            let times = fs::read_to_string(task.path().join("schedstat")).ok()?;
+            thread(id, &stat, &times)
+        };
+        let mut threads: Vec<_> = tasks.filter_map(thread).collect();
+        threads.sort_by_key(|thread: &Thread| thread.id);
+        let exits = if is_machine { exits(Path::new("/sys/kernel/debug/kvm"), pid) } else { None };
+        Self { pid, name, is_machine, exits, threads }
+    }
+}
+
+fn thread(id: u32, stat: &str, times: &str) -> Option<Thread> {
+    let (before, after) = stat.rsplit_once(')')?;
+    let name = before.split_once('(')?.1.to_owned();
+    // The 39th number; the name is the second.
+    let core = after.split_whitespace().nth(36)?.parse().ok()?;
+    let mut times = times.split_whitespace().map(str::parse);
+    let (ran, waited) = (times.next()?.ok()?, times.next()?.ok()?);
+    Some(Thread { id, name, core, ran, waited })
+}
+
+/// Exits of the guest of process `pid`: KVM counts them in a folder that is called PID-DESCRIPTOR.
+fn exits(kvm: &Path, pid: u32) -> Option<u64> {
+    let begin = format!("{pid}-");
+    let mut folders = fs::read_dir(kvm).ok()?.flatten();
+    let folder = folders.find(|folder| folder.file_name().to_string_lossy().starts_with(&begin))?;
+    fs::read_to_string(folder.path().join("exits")).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_writes_is_read() {
+        let cores = cores(
+            "cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 10 1 5 100 4 1 3 6 0 0\ncpu12 1 1 1 1 1 1 1 1 0 0\nintr 5\n",
+        );
+        assert_eq!(cores.keys().copied().collect::<Vec<_>>(), [0, 12]);
+        assert_eq!((cores[&0].busy, cores[&0].steal, cores[&0].all), (20, 6, 130));
+        let stat = "7 (a b) c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34 \
+                    17 3 0 3 0 0 0 0 0 0 0 0 0 0 0";
+        let read = thread(7, stat, "500 20 3\n").unwrap();
+        assert_eq!((read.name.as_str(), read.ran, read.waited), ("a b) c", 500, 20));
+        assert!(thread(7, "7 (a) S 1", "1 2 3").is_none());
+        // Of this very thread, as the kernel tells it.
+        let own = fs::read_to_string("/proc/thread-self/stat").unwrap();
+        assert!(thread(1, &own, "1 2 3").is_some_and(|thread| thread.core < 4096), "{own}");
+    }
+
+    #[test]
+    fn a_machine_is_known_by_its_command_line() {
+        let of = |words: &str| machine_of(words.replace(' ', "\0").as_bytes());
+        assert_eq!(of("/usr/bin/cableway vm node.toml --vm fw").as_deref(), Some("fw"));
+        assert_eq!(of("cableway vm /etc/web.toml").as_deref(), Some("web"));
+        assert_eq!(of("cableway vm --kernel k --name db").as_deref(), Some("db"));
+        assert_eq!(of("cableway vm console fw"), None);
+        assert_eq!(of("cableway switch vm"), None);
+        assert_eq!(of(""), None);
+    }
+}

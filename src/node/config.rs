@@ -265,6 +265,7 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
         self.names(&machines);
         self.cores(switch.as_ref(), &machines);
         self.sockets(switch.as_ref(), &machines);
+        self.functions(switch.as_ref(), &planned.cards, &machines);
         self.addresses(&machines);
         self.pages(&host, &machines);
         for machine in &machines {

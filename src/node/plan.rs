@@ -63,6 +63,9 @@ pub(super) fn text(node: &Node) -> Result<String> {
             };
             writeln!(text, "    {} on {behind}", card.name)?;
         }
+        for function in &machine.pci {
+            writeln!(text, "    {} passed through; all of its memory is pinned for that", function.device)?;
+        }
     }
     let policy = match node.host.restart {
         Restart::OnFailure => "start a machine again that fails",
@@ -134,6 +137,16 @@ fn notes(node: &Node) -> Vec<String> {
             notes.push(format!(
                 "machine {name}: without `emulator_cores` its other threads may run on cores of vCPUs"
             ));
+        }
+        let hosts: Vec<u32> = machine.nodes.iter().filter_map(|node| node.host).collect();
+        for function in machine.pci.iter().filter(|_| !hosts.is_empty()) {
+            let near = host::pci::find(root, function.device).and_then(|function| function.node);
+            if let Some(near) = near.filter(|near| !hosts.contains(near)) {
+                let bdf = function.device;
+                notes.push(format!(
+                    "machine {name}: {bdf} is on memory node {near}, its memory on {hosts:?}; all that it writes crosses over"
+                ));
+            }
         }
         for (n, core) in machine.vcpu_cores.iter().flatten().enumerate() {
             let (of_core, of_memory) = (topology::node_of_core(root, *core), machine.host_node_of(n));

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use host::memory::Pages;
+use host::pci::Bdf;
 use host::topology::{self, HugePool};
 use settings::list;
 use switch::config::{Behind, Side};
@@ -111,6 +112,43 @@ impl Reader<'_, '_, '_> {
                         );
                     }
                     None => {}
+                }
+            }
+        }
+    }
+
+    /// A PCI function has one user, and is with vfio-pci when its machine starts; `cards` are going to be.
+    pub(super) fn functions(
+        &mut self,
+        switch: Option<&switch::config::Config>,
+        cards: &[Bdf],
+        machines: &[Machine<'_, '_>],
+    ) {
+        let ports: HashMap<Bdf, &str> = switch
+            .iter()
+            .flat_map(|switch| &switch.ports)
+            .filter_map(|port| match &port.behind {
+                Behind::Nic { bdf, .. } => Some((*bdf, port.name.as_str())),
+                _ => None,
+            })
+            .collect();
+        let mut taken: HashMap<Bdf, &str> = HashMap::new();
+        for machine in machines {
+            for bdf in machine.config.pci.iter().map(|function| function.device) {
+                if let Some(port) = ports.get(&bdf) {
+                    let fix = "a function has one user: the switch or a machine";
+                    self.add(machine, "pci", format!("{bdf} is port `{port}`'s already; {fix}"));
+                } else if let Some(other) = taken.insert(bdf, &machine.config.name) {
+                    self.add(
+                        machine,
+                        "pci",
+                        format!("{bdf} is machine `{other}`'s already; a function has one user"),
+                    );
+                } else if !cards.contains(&bdf)
+                    && !self.runs(&machine.config.name)
+                    && let Err(error) = host::vfio::check(Path::new("/"), bdf)
+                {
+                    self.add(machine, "pci", format!("`pci`: {error}"));
                 }
             }
         }

@@ -345,6 +345,24 @@ fn two_vms_on_one_core_too_many_pages_an_unknown_device_a_port_twice_and_a_vm_wi
 }
 
 #[test]
+fn a_function_of_the_host_has_one_user_and_must_be_there() {
+    let place = Place::new("");
+    let kernel = place.0.path().join("vmlinuz");
+    let mut bytes = vec![0; 2048];
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    fs::write(&kernel, bytes).unwrap();
+    let vm = |name: &str| {
+        format!("[[vm]]\nname = \"{name}\"\nkernel = {kernel:?}\npci = [{{ device = \"ffff:1f:00.0\" }}]\n")
+    };
+    place.write(&format!("{}{}{}", port("a"), vm("one"), vm("two")));
+    let plan = place.up(&["--plan"]);
+    let said = text(&plan.stderr);
+    assert_eq!(plan.status.code(), Some(2), "{said}");
+    assert!(said.contains("machine `one`: `pci`: there is no PCI function ffff:1f:00.0"), "{said}");
+    assert!(said.contains("machine `two`: ffff:1f:00.0 is machine `one`'s already"), "{said}");
+}
+
+#[test]
 fn a_core_plan_is_shown_with_its_reasons_and_the_switch_finds_the_same() {
     let place = Place::new("");
     let rest = format!("idle = \"sleep\"\n{}", port("a"));

@@ -196,10 +196,27 @@ fn the_file_of_configs_runs_on_an_interface() {
     run(&format!("ip link del {end}"));
 }
 
+/// Whether nothing but this test wants a core: more than that moves TCP's rate by a factor of three from round to round.
+fn is_quiet() -> bool {
+    let running = || {
+        let text = std::fs::read_to_string("/proc/stat").unwrap();
+        text.lines().find_map(|l| l.strip_prefix("procs_running ")?.parse::<u32>().ok()).unwrap()
+    };
+    let mut seen: Vec<u32> = std::iter::repeat_with(|| {
+        std::thread::sleep(Duration::from_millis(50));
+        running()
+    })
+    .take(11)
+    .collect();
+    seen.sort_unstable();
+    seen[5] <= 1
+}
+
 /// Frames of one size, as many as the sender makes: TCP that nobody may leave to be cut or summed up by others.
 #[test]
 #[ignore = "needs root, namespaces, iperf3, ethtool and a quiet machine: ./check kernel"]
 fn xdp_sockets_are_at_least_as_fast_as_packet_sockets() {
+    let quiet = is_quiet();
     let mut rates = [const { Vec::new() }; 2];
     let mut costs = [const { Vec::new() }; 2];
     for _ in 0..ROUNDS {
@@ -224,6 +241,10 @@ fn xdp_sockets_are_at_least_as_fast_as_packet_sockets() {
     println!(
         "af_xdp moves {ratio:.2} times as much (median), for {xdp_cost:.0} cycles a frame to {packet_cost:.0} (best)"
     );
-    assert!(ratio >= 0.9, "af_xdp is slower: {ratio:.2} times as fast as af_packet");
+    if quiet {
+        assert!(ratio >= 0.9, "af_xdp is slower: {ratio:.2} times as fast as af_packet");
+    } else {
+        println!("SKIPPED the median: something else runs on this machine; alone: ./check kernel");
+    }
     assert!(xdp_cost <= 1.1 * packet_cost, "af_xdp costs more: {xdp_cost:.0} cycles, {packet_cost:.0}");
 }

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::BootError;
 use crate::config::{Config, NetBack, SerialTo};
 use crate::console::Console;
-use crate::device::serial::SerialPort;
+use crate::device::serial::{Line, SerialPort};
 use crate::device::{Devices, lock};
 use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
@@ -180,12 +180,8 @@ impl Machine {
 
         let (event_sender, events) = unbounded();
         let (request_sender, requests) = unbounded();
-        let line = |gsi| -> Result<EventFd, StartError> {
-            let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Thread)?;
-            vm.register_irqfd(&line, gsi).map_err(kvm("wire an interrupt"))?;
-            Ok(line)
-        };
-        let button = line(layout::EVENT_IRQ)?;
+        let button = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Thread)?;
+        vm.register_irqfd(&button, layout::EVENT_IRQ).map_err(kvm("wire an interrupt"))?;
         let mut consoles = Vec::new();
         let virtio = match Console::open(&config.console, &life.console).map_err(StartError::Console)? {
             Some((console, output)) => {
@@ -199,7 +195,8 @@ impl Machine {
         let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits(), life.events())?;
         let port = match Console::open(&config.serial, &life.serial).map_err(StartError::Console)? {
             Some((console, output)) => {
-                let port = Arc::new(Mutex::new(SerialPort::new(line(layout::SERIAL_IRQ)?, output)));
+                let line = Line::new(vm.clone(), layout::SERIAL_IRQ);
+                let port = Arc::new(Mutex::new(SerialPort::new(line, output)));
                 consoles.push((console, &config.serial, Take::Serial(port.clone())));
                 Some(port)
             }

@@ -3,22 +3,36 @@
 //! Owns the registers and the interrupt. What the guest writes goes into a queue of bounded size that a thread of its own
 //! empties ([`crate::console`]); a full queue drops bytes and never holds a vCPU.
 
-use std::io;
+use std::sync::Arc;
 
+use kvm_ioctls::VmFd;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::Output;
 
 /// The port's interrupt line, edge triggered.
-pub(crate) struct Line(EventFd);
+///
+/// Whoever causes the interrupt raises it, a vCPU most often. An irqfd would leave that to a kworker on the vCPU's core for any
+/// interrupt that is no message, and the vCPU would be scheduled away for it.
+pub(crate) struct Line {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl Line {
+    /// The machine's interrupt `number`.
+    pub(crate) fn new(vm: Arc<VmFd>, number: u32) -> Self {
+        Self { vm, number }
+    }
+}
 
 impl Trigger for Line {
-    type E = io::Error;
+    type E = kvm_ioctls::Error;
 
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+    fn trigger(&self) -> Result<(), Self::E> {
+        self.vm.set_irq_line(self.number, true)?;
+        self.vm.set_irq_line(self.number, false)
     }
 }
 
@@ -27,8 +41,8 @@ pub(crate) struct SerialPort(Serial<Line, NoEvents, Output>);
 
 impl SerialPort {
     /// A port whose interrupt is `line` and whose bytes go to `output`.
-    pub(crate) fn new(line: EventFd, output: Output) -> Self {
-        Self(Serial::new(Line(line), output))
+    pub(crate) fn new(line: Line, output: Output) -> Self {
+        Self(Serial::new(line, output))
     }
 
     /// The guest reads a register.

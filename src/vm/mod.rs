@@ -42,7 +42,7 @@ pub(crate) struct VmArgs {
 #[derive(Args)]
 struct RunArgs {
     /// The configuration (TOML).
-    #[arg(conflicts_with = "Keys", required_unless_present = "kernel")]
+    #[arg(conflicts_with = "Keys", required_unless_present_any = ["kernel", "firmware"])]
     file: Option<PathBuf>,
 
     /// The machine of this name, of a node's file (`cableway up`), which has a list of them: `[[vm]]`.
@@ -107,6 +107,8 @@ keys! {
     name: "NAME",
     /// The kernel: an ELF with a PVH entry, or a bzImage.
     kernel: "FILE",
+    /// Not supported yet: a machine starts a kernel without firmware.
+    firmware: "FILE",
     /// The initial file system.
     initramfs: "FILE",
     /// The kernel's command line [default: console=ttyS0].

@@ -31,6 +31,7 @@ fn every_mistake_of_a_machine_is_one_message_with_the_fix_and_starts_nothing() {
         (&["--kernel", "/nonexistent/vmlinux"][..], "the kernel /nonexistent/vmlinux: No such file"),
         (&["--kernel", &text], "is neither an x86-64 ELF nor a bzImage"),
         (&["--kernel", &kernel, "--initramfs", "/nonexistent"], "the initramfs /nonexistent: No such file"),
+        (&["--firmware", "OVMF.fd"], "`firmware`: not supported yet; a machine starts a Linux by `kernel`"),
         (&["--kernel", &kernel, "--vcpus", "0"], "`vcpus`: integer `0`: wanted a whole number from 1 to 254"),
         (&["--kernel", &kernel, "--vcpu-cores", "4000"], "`vcpu_cores`: core 4000 does not exist"),
         (&["--kernel", &kernel, "--node", "1000"], "there is no memory node 1000"),

@@ -12,8 +12,18 @@ use super::{Config, ConfigErrors};
 const COMMAND_LINE: &str = "command line";
 
 /// Keys whose value is always text, whatever it looks like.
-const TEXTS: &[&str] =
-    &["name", "kernel", "initramfs", "cmdline", "memory", "pages", "serial", "console", "on_reboot"];
+const TEXTS: &[&str] = &[
+    "name",
+    "kernel",
+    "firmware",
+    "initramfs",
+    "cmdline",
+    "memory",
+    "pages",
+    "serial",
+    "console",
+    "on_reboot",
+];
 /// Keys with several values, apart by commas.
 const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];
 /// Keys with named values: `sockets=1,cores=2`.

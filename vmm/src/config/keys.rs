@@ -36,6 +36,8 @@ keys! {
         name: Name,
         /// The kernel, an ELF with a PVH entry or a bzImage.
         kernel: FileName,
+        /// Firmware to start with instead of a kernel.
+        firmware: FileName,
         /// The initial file system.
         initramfs: FileName,
         /// The kernel's command line.

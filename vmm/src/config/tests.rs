@@ -36,6 +36,15 @@ fn a_missing_kernel_and_an_unknown_key_are_found_in_one_pass() {
 }
 
 #[test]
+fn firmware_is_refused_with_the_way_out() {
+    for keys in ["firmware = 'OVMF.fd'", "kernel = 'k'\nfirmware = 'OVMF.fd'"] {
+        let errors = parse(keys).unwrap_err();
+        assert_eq!(errors.problems.len(), 1, "{errors}");
+        assert!(errors.problems[0].message.contains("starts a Linux by `kernel`"), "{errors}");
+    }
+}
+
+#[test]
 fn cores_go_with_vcpus_one_to_one_and_have_one_task() {
     assert!(problem("vcpus = 2\nvcpu_cores = [3]").2.contains("1 cores for 2 vCPUs"));
     assert!(problem("vcpus = 2\nvcpu_cores = [3, 3]").2.contains("core 3 is there twice"));

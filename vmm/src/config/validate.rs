@@ -94,7 +94,12 @@ fn vm(
     sockets: &Path,
     problems: &mut Problems<'_>,
 ) -> Option<Config> {
-    if keys.kernel.is_none() {
+    if let Some(firmware) = &keys.firmware {
+        problems.add(
+            firmware.span(),
+            "`firmware`: not supported yet; a machine starts a Linux by `kernel`, without any: an ELF with a PVH entry, or a bzImage",
+        );
+    } else if keys.kernel.is_none() {
         keys.wrong.or_missing("kernel", at.clone(), "as in `kernel = \"vmlinux\"`", problems);
     }
     let pages = keys.pages.map_or(PageSize::Ordinary, Spanned::into_inner);

@@ -33,7 +33,7 @@ const INIT: &str = include_str!("init");
 /// The kernel is Debian's cloud kernel, downloaded as a package by this machine's apt and unpacked, never installed, or one that is there:
 /// --kernel /boot/vmlinuz-VERSION. What a guest does is said by its kernel command line: `cableway.role=forward` (eth0 to eth1 and
 /// back), `reflect` (eth0, back to the sender), `offer` (numbered frames to a function that reflects), `latency` (how quiet its vCPUs
-/// are) or `shell`. configs/demo.toml and configs/pvp.toml boot it; docs/node.md tells more.
+/// are) or `shell`. configs/demo.toml boots it; docs/node.md tells more.
 ///
 /// Exit status: 0 the image is there; 1 something went wrong; 2 the arguments are wrong.
 #[derive(Args, Debug)]

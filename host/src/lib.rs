@@ -11,6 +11,7 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod plan;
+pub mod program;
 pub mod signal;
 pub mod thread;
 pub mod topology;

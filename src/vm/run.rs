@@ -71,6 +71,10 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
         *target.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.remote());
         crate::ready::tell();
         tracing::info!("{} started in {:.1} ms", config.name, began.elapsed().as_secs_f64() * 1e3);
+        // Where every microsecond of a vCPU counts, nothing is fetched later.
+        if !config.lock_memory && config.vcpu_priority.is_none() {
+            host::program::forget_code().context("looking for this program's code")?;
+        }
         let ended = machine.wait();
         let exits: Vec<_> =
             machine.exits().iter().map(|(reason, count)| format!("{} {count}", reason.name())).collect();

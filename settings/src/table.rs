@@ -10,7 +10,7 @@ use serde_spanned::Spanned;
 use toml::de::{DeValue, ValueDeserializer};
 
 use crate::problem::Problems;
-use crate::values::{Bounded, DeviceName, HardwareAddress, Memory, Name, SocketName};
+use crate::values::{Bounded, DeviceName, HardwareAddress, Memory, Name, SocketName, VfToken};
 
 /// A value that can be read from one place in the file; `None` when it is wrong, and the problem was noted.
 pub trait Read: Sized {
@@ -52,7 +52,7 @@ macro_rules! plain {
     };
 }
 
-plain!(bool, DeviceName, HardwareAddress, Memory, Name, SocketName, String);
+plain!(bool, DeviceName, HardwareAddress, Memory, Name, SocketName, String, VfToken);
 
 impl<const MIN: i64, const MAX: i64> Read for Bounded<MIN, MAX> {
     fn read(place: &str, value: &Spanned<DeValue<'_>>, problems: &mut Problems<'_>) -> Option<Self> {

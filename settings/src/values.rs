@@ -115,6 +115,16 @@ text! {
         }
     };
 
+    /// The token of a virtual function (RFC 9562).
+    VfToken(String), "a UUID in quotes", |text| {
+        let groups: Vec<usize> = text.split('-').map(str::len).collect();
+        let plain = text.chars().all(|c| c == '-' || c.is_ascii_hexdigit());
+        if plain && groups == [8, 4, 4, 4, 12] {
+            return Ok(text.to_ascii_lowercase());
+        }
+        Err(format!("{text:?}: wanted a UUID, like \"2ab74924-c335-45f4-9b16-8569e5b08258\" (uuidgen makes one)"))
+    };
+
     /// A unicast Ethernet address.
     HardwareAddress([u8; 6]), "an address like \"02:00:00:00:00:01\"", |text| {
         let wrong = || format!("{text:?}: wanted six hexadecimal bytes, like \"02:00:00:00:00:01\"");

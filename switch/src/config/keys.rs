@@ -4,15 +4,15 @@
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
 use settings::table::Read;
-use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName};
+use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName, VfToken};
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
 use super::values::{
-    Device, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VfToken,
-    VlanId, VlanRange,
+    Device, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId,
+    VlanRange,
 };
 
-plain!(Device, VfToken, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(Device, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
 
 keys! {
     /// `[switch]`.

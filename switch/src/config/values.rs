@@ -33,16 +33,6 @@ text! {
         DeviceName::deserialize(name).map(|name| name.0).map_err(|error| error.to_string())
     };
 
-    /// The token of a virtual function (RFC 9562).
-    VfToken(String), "a UUID in quotes", |text| {
-        let groups: Vec<usize> = text.split('-').map(str::len).collect();
-        let plain = text.chars().all(|c| c == '-' || c.is_ascii_hexdigit());
-        if plain && groups == [8, 4, 4, 4, 12] {
-            return Ok(text.to_ascii_lowercase());
-        }
-        Err(format!("{text:?}: wanted a UUID, like \"2ab74924-c335-45f4-9b16-8569e5b08258\" (uuidgen makes one)"))
-    };
-
     /// A file.
     FileName(String), "a path in quotes", |text| match text {
         "" => Err("the path is empty".to_owned()),

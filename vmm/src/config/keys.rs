@@ -2,13 +2,13 @@
 //!
 //! Owns names, types and one-line meanings; never decides what a combination of keys means (that is `validate`).
 
-use settings::values::{Bounded, CoreNumber, DeviceName, HardwareAddress, Memory, Name, SocketName};
+use settings::values::{Bounded, CoreNumber, DeviceName, HardwareAddress, Memory, Name, SocketName, VfToken};
 use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
 use super::values::{
     CommandLine, DisabledExit, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize, Serial,
-    SerialName, Token,
+    SerialName,
 };
 
 plain!(
@@ -22,8 +22,7 @@ plain!(
     OnReboot,
     PageSize,
     Serial,
-    SerialName,
-    Token
+    SerialName
 );
 
 /// Some vCPUs, or parts of their topology.
@@ -181,7 +180,7 @@ keys! {
         /// Which function.
         device: Function,
         /// The token of the physical function's user, for a virtual one.
-        vf_token: Token,
+        vf_token: VfToken,
     }
 }
 

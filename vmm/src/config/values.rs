@@ -102,14 +102,6 @@ text! {
     /// A PCI function of the host.
     Function(Bdf), "a PCI address like \"0000:01:00.0\"", |text: &str| text.parse::<Bdf>().map_err(|error| error.to_string());
 
-    /// The token of a virtual function: a UUID (RFC 9562).
-    Token(String), "a UUID like \"2ab74924-c335-45f4-9b16-8569e5b08258\"", |text: &str| {
-        let parts: Vec<&str> = text.split('-').collect();
-        let is_uuid = parts.iter().map(|part| part.len()).eq([8, 4, 4, 4, 12])
-            && parts.iter().all(|part| part.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        is_uuid.then(|| text.to_owned()).ok_or_else(|| format!("{text:?} is no UUID like 2ab74924-c335-45f4-9b16-8569e5b08258"))
-    };
-
     /// The path of a file.
     FileName(PathBuf), "a path in quotes", |text| match text {
         "" => Err("the path is empty".to_owned()),

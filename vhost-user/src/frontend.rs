@@ -13,12 +13,13 @@ mod listener;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use virtio::features;
 
@@ -121,6 +122,8 @@ impl Payload {
 pub struct FrontEnd {
     socket: UnixStream,
     patience: Duration,
+    /// When the answers that are waited for now must all be there, and how long that was.
+    limit: Option<(Instant, Duration)>,
     protocol: ProtocolFeatures,
 }
 
@@ -131,8 +134,8 @@ impl FrontEnd {
     /// Nobody listens there.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self> {
         check_path(path)?;
-        let connected = UnixStream::connect(path);
-        let stream = connected.map_err(|source| FrontEndError::Connect { path: path.to_owned(), source })?;
+        let stream =
+            connect_now(path).map_err(|source| FrontEndError::Connect { path: path.to_owned(), source })?;
         Self::from_stream(stream, patience)
     }
 
@@ -147,7 +150,13 @@ impl FrontEnd {
             message: "SET_OWNER",
             source: nix::Error::from_raw(e.raw_os_error().unwrap_or(0)),
         })?;
-        Ok(Self { socket: stream, patience, protocol: ProtocolFeatures::empty() })
+        Ok(Self { socket: stream, patience, limit: None, protocol: ProtocolFeatures::empty() })
+    }
+
+    /// From now on all answers together, until this is said again, are waited for no longer than `all`: a back end that is just not
+    /// too late each time holds nobody for as many times as there are messages.
+    pub fn within(&mut self, all: Duration) {
+        self.limit = Some((Instant::now() + all, all));
     }
 
     /// Agrees on features: those of `wanted` and `protocol` that the back end has. Whether these are enough is for the driver
@@ -337,7 +346,6 @@ impl FrontEnd {
     /// Whether the back end is gone.
     pub fn is_closed(&self) -> bool {
         use nix::sys::socket::{MsgFlags, recv};
-        use std::os::fd::AsRawFd;
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         !matches!(recv(self.socket.as_raw_fd(), &mut [0], flags), Ok(1..) | Err(nix::Error::EAGAIN))
     }
@@ -395,11 +403,20 @@ impl FrontEnd {
         payload: Payload,
         files: &[BorrowedFd<'_>],
     ) -> Result<()> {
+        self.in_time(message)?;
         match wire::send(&self.socket, &wire::encode(code.into(), flags, &payload.0), files) {
             Ok(()) => Ok(()),
             Err(nix::Error::EPIPE | nix::Error::ECONNRESET) => Err(FrontEndError::Closed { message }),
             Err(nix::Error::EAGAIN) => Err(FrontEndError::TimedOut { message, waited: self.patience }),
             Err(source) => Err(FrontEndError::Send { message, source }),
+        }
+    }
+
+    /// Whether there is time left for `message`.
+    fn in_time(&self, message: &'static str) -> Result<()> {
+        match self.limit {
+            Some((end, waited)) if Instant::now() >= end => Err(FrontEndError::Slow { message, waited }),
+            _ => Ok(()),
         }
     }
 
@@ -438,11 +455,14 @@ impl FrontEnd {
                 Ok(n) => left = left.get_mut(n..).unwrap_or_default(),
                 Err(nix::Error::EINTR) => {}
                 Err(nix::Error::EAGAIN) => {
-                    let time = deadline.saturating_duration_since(Instant::now());
+                    self.in_time(message)?;
+                    let now = Instant::now();
+                    let time = deadline.saturating_duration_since(now);
                     if time.is_zero() {
                         return Err(FrontEndError::TimedOut { message, waited: self.patience });
                     }
-                    readable(self.socket.as_fd(), time);
+                    let all = self.limit.map_or(time, |(end, _)| end.saturating_duration_since(now));
+                    readable(self.socket.as_fd(), time.min(all));
                 }
                 Err(source) => return Err(FrontEndError::Send { message, source }),
             }
@@ -456,6 +476,23 @@ impl AsFd for FrontEnd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Connects without waiting: where nobody accepts and the queue of connections is full, the kernel would wait without end.
+fn connect_now(path: &Path) -> std::io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => {}
+        Err(nix::Error::EAGAIN) => {
+            let full = "it has not accepted the connections that it has";
+            return Err(std::io::Error::new(std::io::ErrorKind::WouldBlock, full));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// Sizes of 16 bits and padding to a multiple of 8, as the structure has it in C.

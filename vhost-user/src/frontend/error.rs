@@ -43,6 +43,14 @@ pub enum FrontEndError {
         /// How long it was waited.
         waited: Duration,
     },
+    /// Each answer came in time, and all of them together did not.
+    #[error("the back end was not done within {} s with all that it was told; given up at {message}", .waited.as_secs_f32())]
+    Slow {
+        /// At which message.
+        message: &'static str,
+        /// How long it was waited.
+        waited: Duration,
+    },
     /// The back end went away instead of answering.
     #[error("the back end closed the connection at {message}; its log may say why")]
     Closed {

@@ -1,5 +1,6 @@
 //! The front end against our own back end, and against one that answers nonsense or nothing.
 
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -247,6 +248,41 @@ fn nobody_there_silence_nonsense_and_hanging_up_are_told_apart() {
         let error = against(&bytes, false);
         assert!(error.ends_with(why), "{error}");
     }
+}
+
+#[test]
+fn a_back_end_that_is_just_not_too_late_each_time_is_given_up_all_the_same() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let late = std::thread::spawn(move || {
+        let features = features::VHOST_USER_PROTOCOL_FEATURES.to_ne_bytes();
+        for answer in [wire::encode(1, REPLY, &features), wire::encode(15, REPLY, &[0; 8])] {
+            std::thread::sleep(Duration::from_millis(300));
+            wire::send(&theirs, &answer, &[]).unwrap();
+        }
+        theirs
+    });
+    let mut front = FrontEnd::from_stream(ours, PATIENCE).unwrap();
+    front.within(Duration::from_millis(400));
+    let text = front.negotiate(0, SUPPORTED).unwrap_err().to_string();
+    assert!(text.starts_with("the back end was not done within 0.4 s"), "{text}");
+    late.join().unwrap();
+}
+
+#[test]
+fn a_socket_whose_connections_nobody_accepts_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let full = (0..10_000).find_map(|_| match FrontEnd::connect(&path, PATIENCE) {
+        Ok(front) => {
+            // It stays in the queue though it is closed here.
+            drop(front);
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    });
+    let text = full.unwrap();
+    assert!(text.contains("it has not accepted the connections that it has"), "{text}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ pub(crate) mod tap;
 mod tests;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Sender, unbounded};
@@ -96,6 +96,8 @@ pub(crate) struct Net {
     mtu: Option<u16>,
     queue_size: u16,
     teller: Teller,
+    /// How many pairs the driver uses.
+    used_pairs: Arc<AtomicU16>,
     idle: Arc<AtomicBool>,
     rests: Arc<AtomicBool>,
     connected: Arc<AtomicBool>,
@@ -104,7 +106,6 @@ pub(crate) struct Net {
 }
 
 /// Tells the conversation's thread something.
-#[derive(Clone)]
 struct Teller {
     commands: Sender<Command>,
     wake: Arc<EventFd>,
@@ -135,6 +136,7 @@ impl Net {
         let (commands, received) = unbounded();
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         let wake = Arc::new(wake.map_err(std::io::Error::from)?);
+        let used_pairs = Arc::new(AtomicU16::new(1));
         let idle = Arc::new(AtomicBool::new(true));
         let state = Arc::new(CardState::new(config.mac, false));
         let for_rings = memory.for_rings().map_err(std::io::Error::other)?;
@@ -142,6 +144,7 @@ impl Net {
         let ties = Ties {
             commands: received,
             wake: wake.clone(),
+            pairs: used_pairs.clone(),
             idle: idle.clone(),
             state: state.clone(),
             rests: rests.clone(),
@@ -156,13 +159,16 @@ impl Net {
             | features::NET_STATUS
             | control::OFFERED
             | mtu;
+        let (use_pairs, woken) = (used_pairs.clone(), wake.clone());
         let teller = Teller { commands, wake };
-        let to_session = teller.clone();
         let control = Control {
             state: state.clone(),
             pairs: theirs.pairs,
             features: 0,
-            use_pairs: move |pairs| to_session.tell(Command::Pairs(pairs)),
+            use_pairs: move |pairs| {
+                use_pairs.store(pairs, Ordering::Release);
+                let _ = woken.write(1);
+            },
         };
         let control = Workers::new(&format!("{} ctl", config.name), &for_rings, vec![control])?;
         let thread =
@@ -175,6 +181,7 @@ impl Net {
             mtu: config.mtu,
             queue_size: config.queue_size,
             teller,
+            used_pairs,
             idle,
             rests,
             connected,
@@ -214,6 +221,8 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) {
         self.idle.store(false, Ordering::Release);
+        // Its control queue rests, so that nobody else writes here.
+        self.used_pairs.store(1, Ordering::Release);
         let Activation { features, queues, changed } = activation;
         let at = self.control_index(features);
         let (of_pairs, others): (Vec<_>, Vec<_>) = queues.into_iter().partition(|queue| queue.index < at);

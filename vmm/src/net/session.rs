@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, TryRecvError};
@@ -29,8 +29,9 @@ use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
 use crate::worker::PACKED_START;
 
-/// How long an answer may take.
+/// How long an answer may take, and all of those to what is asked at once, and how long a back end may take to learn of all rings.
 const PATIENCE: Duration = Duration::from_secs(5);
+const TELLING: Duration = Duration::from_secs(10);
 /// How often a back end that is not there is looked for.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -38,8 +39,6 @@ const RETRY: Duration = Duration::from_millis(100);
 pub(super) enum Command {
     /// The driver is ready.
     Start(Activation),
-    /// The driver uses so many pairs of queues.
-    Pairs(u16),
     /// The driver resets the card.
     Stop,
     /// The machine comes to rest.
@@ -54,6 +53,8 @@ pub(super) enum Command {
 pub(super) struct Ties {
     pub(super) commands: Receiver<Command>,
     pub(super) wake: Arc<EventFd>,
+    /// How many pairs of queues the driver uses. No command: a guest may say it again and again while nobody listens.
+    pub(super) pairs: Arc<AtomicU16>,
     pub(super) idle: Arc<AtomicBool>,
     pub(super) state: Arc<CardState>,
     /// The back end has no ring, because the machine rests.
@@ -84,7 +85,7 @@ enum Meeting {
 /// What a running back end knows.
 struct Running {
     activation: Activation,
-    /// How many pairs of queues the driver uses: one, until it says otherwise.
+    /// How many pairs of queues the back end was told of: one, until the driver says otherwise.
     pairs: u16,
     inflight: Option<InflightRegion>,
     /// Where its rings were when the machine came to rest; nobody touched them since.
@@ -175,7 +176,6 @@ impl Session {
                         started: false,
                     });
                 }
-                Ok(Command::Pairs(pairs)) => self.use_pairs(pairs),
                 Ok(Command::Stop) => self.stop(),
                 Ok(Command::Pause) => self.rest(),
                 Ok(Command::Resume) => self.ties.rests.store(false, Ordering::Release),
@@ -186,6 +186,7 @@ impl Session {
                         continue;
                     }
                     self.start();
+                    self.use_pairs(self.ties.pairs.load(Ordering::Acquire));
                     if self.front.is_some() {
                         self.watch();
                     }
@@ -210,6 +211,7 @@ impl Session {
         let protocol = Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD | Protocol::MTU | Protocol::MQ;
         let most = self.pairs;
         let agreed = met.and_then(|mut front| {
+            front.within(PATIENCE);
             let mut agreed = front.negotiate(wanted, protocol)?;
             let several = agreed.features & features::NET_MQ != 0 && agreed.protocol.contains(Protocol::MQ);
             let pairs = if several { front.queue_pairs()?.min(most.into()).max(1) as u16 } else { 1 };
@@ -276,6 +278,7 @@ impl Session {
             self.gone();
             return;
         }
+        front.within(TELLING);
         let told = tell(front, *protocol, running, &self.memory, self.wanted, self.mtu);
         match told {
             Ok(()) => {
@@ -307,6 +310,7 @@ impl Session {
         if let (Some((front, ..)), Some(running)) = (&mut self.front, &mut self.running)
             && std::mem::replace(&mut running.started, false)
         {
+            front.within(PATIENCE);
             let stopped = running.activation.queues.iter().map(|queue| {
                 let base = front.stop_queue(queue.index)?;
                 Ok((queue.index, base))
@@ -332,15 +336,16 @@ impl Session {
         }
     }
 
-    /// The driver uses `pairs` pairs from now on.
+    /// The driver uses `pairs` pairs from now on, if it did not before.
     fn use_pairs(&mut self, pairs: u16) {
-        let Some(running) = &mut self.running else { return };
+        let Some(running) = self.running.as_mut().filter(|running| running.pairs != pairs) else { return };
         let before = std::mem::replace(&mut running.pairs, pairs);
         let Some((front, protocol, _)) = self.front.as_mut().filter(|_| running.started) else { return };
         // Without protocol features all queues are enabled, always.
         if protocol.is_empty() {
             return;
         }
+        front.within(PATIENCE);
         for queue in &running.activation.queues {
             let (was, is) = (is_of(queue, before), is_of(queue, pairs));
             if was == is {
@@ -366,6 +371,7 @@ impl Session {
         if let (Some((front, ..)), Some(running)) = (&mut self.front, &self.running)
             && running.started
         {
+            front.within(PATIENCE);
             let queues = running.activation.queues.iter();
             if let Err(error) =
                 queues.map(|queue| front.stop_queue(queue.index)).collect::<Result<Vec<_>, _>>()

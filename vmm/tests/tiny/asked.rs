@@ -16,7 +16,7 @@ fn dots() -> Guest {
     Guest::start(&Code::default().raw(&[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xeb, 0xfd]).elf(), "")
 }
 
-fn serve(guest: &Guest, run_dir: &Path) -> (Door, ControlServer) {
+pub(crate) fn serve(guest: &Guest, run_dir: &Path) -> (Door, ControlServer) {
     let door = door(run_dir, "vm");
     let server = ControlSocket::bind(&door).unwrap().serve(router(guest.life.clone()), || {}).unwrap();
     (door, server)
@@ -26,7 +26,7 @@ fn printed(door: &Door) -> u64 {
     client::get_bytes_at(door, "/v1/console", NEXT).unwrap().0
 }
 
-fn until(what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(60);
     while !is() {
         assert!(Instant::now() < end, "not within a minute: {what}");

@@ -5,6 +5,7 @@
 
 mod asked;
 mod guest;
+mod late;
 mod poll;
 
 use std::time::{Duration, Instant};

@@ -102,7 +102,7 @@ fn serve(socket: &Path, sink: Sink) -> SessionHandle {
 }
 
 /// The card's queue 1 with one frame in every place of its ring.
-fn transmit_ring(code: Code, bar: u32) -> Code {
+pub(crate) fn transmit_ring(code: Code, bar: u32) -> Code {
     let code = code.eax(FRAME).store(DESCRIPTORS).eax(72).store(DESCRIPTORS + 8);
     let code = code.store_byte(bar + 0x14, 3).eax(1).store(bar + 8).eax(1).store(bar + 12);
     let code = code.store_byte(bar + 0x14, 11).store_word(bar + 0x16, 1);
@@ -127,7 +127,7 @@ fn send(code: Code) -> Code {
         .raw(&[0x66, 0x39, 0xc8, 0x75, 0xf5]) // cmp ax, cx; jne back
 }
 
-fn keys(socket: &Path) -> String {
+pub(crate) fn keys(socket: &Path) -> String {
     let socket = socket.display();
     format!("memory = '2 MiB'\n[[vm.net]]\nkind = 'vhost-user'\nsocket = '{socket}'\nqueue_size = 256")
 }

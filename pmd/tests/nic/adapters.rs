@@ -13,7 +13,7 @@ use pmd::qtest::{Function, Machine, Wire};
 use pmd::virtio_net::VirtioNet;
 use port::{BurstBuffer, DropReason, Offload, RxQueue, Scratch, TagEdit, TxQueue};
 
-use crate::frames::{LEAST, MOST, Pattern, Source, gather, next, until};
+use crate::frames::{LEAST, MOST, PATIENCE, Pattern, Source, gather, next, until};
 
 const MAC: &str = "52:54:00:12:34:56";
 const FRAMES: u64 = 100_000;
@@ -231,7 +231,7 @@ fn every_frame_that_comes_in_is_received_bit_for_bit_and_in_order<N: Model>() {
             }
             drop(burst);
             received.store(number, Ordering::Relaxed);
-            assert!(last.elapsed() < Duration::from_secs(10), "no frame after {number}");
+            assert!(last.elapsed() < PATIENCE, "no frame after {number}: {:?}", receive.counters());
         }
     });
     let counters = receive.counters();
@@ -316,7 +316,9 @@ fn frames_go_through_in_both_directions_at_once_without_being_copied<N: Model>()
             if done != last.0 {
                 last = (done, Instant::now());
             }
-            assert!(last.1.elapsed() < Duration::from_secs(10), "no frame after {done}");
+            let counters = || (receive.counters(), transmit.counters());
+            // Less than the other threads': what it tells is not lost behind their panics.
+            assert!(last.1.elapsed() < PATIENCE / 2, "no frame after {done}: {:?}", counters());
         }
     });
     let (in_, out) = (receive.counters(), transmit.counters());

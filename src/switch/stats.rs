@@ -18,23 +18,34 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
         output::duration(report.uptime_s),
         info.config
     );
-    let header = ["worker", "state", "frames", "frames/burst", "cycles/frame", "busy"];
-    let mut table = output::table(&header, &[2, 3, 4, 5]);
+    let header = ["worker", "state", "frames", "bytes", "dropped", "frames/burst", "cycles/frame", "busy"];
+    let mut table = output::table(&header, &[2, 3, 4, 5, 6, 7]);
     for worker in &report.workers {
         table.add_row([
             worker_name(worker),
             state(worker).to_owned(),
             grouped(worker.frames),
+            grouped(worker.bytes),
+            grouped(worker.dropped),
             ratio(worker.frames, worker.bursts),
-            worker.cycles_per_frame.map_or_else(|| "-".to_owned(), |cycles| format!("{cycles:.0}")),
+            cycles(worker.cycles_per_frame),
             busy(worker.busy_cycles, worker.idle_cycles),
         ]);
     }
     text += &format!("{table}\n\n");
 
-    let header =
-        ["port", "queue", "direction", "frames", "bytes", "frames/burst", "dropped", "polled by core"];
-    let mut table = output::table(&header, &[1, 3, 4, 5, 6, 7]);
+    let header = [
+        "port",
+        "queue",
+        "direction",
+        "frames",
+        "bytes",
+        "frames/burst",
+        "dropped",
+        "cycles/frame",
+        "polled by core",
+    ];
+    let mut table = output::table(&header, &[1, 3, 4, 5, 6, 7, 8]);
     for port in &report.ports {
         let polled_by = |core: Option<u32>| core.map_or_else(|| "-".to_owned(), |core| core.to_string());
         for rx in &port.rx {
@@ -46,6 +57,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
                 grouped(rx.bytes),
                 ratio(rx.received, rx.bursts),
                 grouped(rx.dropped),
+                cycles(rx.cycles_per_frame),
                 polled_by(rx.worker),
             ]);
         }
@@ -58,6 +70,7 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
                 grouped(tx.bytes),
                 ratio(tx.sent, tx.bursts),
                 grouped(tx.dropped),
+                cycles(None),
                 polled_by(None),
             ]);
         }
@@ -193,6 +206,10 @@ fn state(worker: &WorkerStats) -> &'static str {
 fn busy(busy: u64, idle: u64) -> String {
     let all = busy.saturating_add(idle);
     if all == 0 { "-".to_owned() } else { format!("{:.0} %", busy as f64 * 100.0 / all as f64) }
+}
+
+fn cycles(per_frame: Option<f64>) -> String {
+    per_frame.map_or_else(|| "-".to_owned(), |cycles| format!("{cycles:.0}"))
 }
 
 fn ratio(frames: u64, bursts: u64) -> String {

@@ -86,6 +86,8 @@ pub struct RxCounters {
     pub replicas: Counter,
     /// Frames handed to none.
     pub drops: Drops,
+    /// TSC cycles of the polls that found at least one frame, until the last copy was handed over.
+    pub cycles: Counter,
     /// The addresses that they came from.
     pub addresses: Arc<AddressCounters>,
 }
@@ -142,6 +144,10 @@ impl TxCounters {
 pub struct WorkerCounters {
     /// Frames taken from receive queues.
     pub frames: Counter,
+    /// Bytes of them, without FCS and virtio-net header.
+    pub bytes: Counter,
+    /// Those of them that the bridge handed to no output.
+    pub dropped: Counter,
     /// Bursts that were not empty.
     pub bursts: Counter,
     /// Turns over all queues.

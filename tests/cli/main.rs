@@ -29,6 +29,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use switch::control::report::{RxStats, StatsReport};
 use world::{CABLEWAY, Place, Running, connect, core, eventually, is_closed, port};
 
 #[test]
@@ -331,7 +332,7 @@ fn counters_account_for_every_frame_and_every_cycle() {
     assert!(ran.status.success(), "{ran:?}");
 
     let stats = place.json(&["stats"]);
-    let stats: switch::control::report::StatsReport = serde_json::from_value(stats).unwrap();
+    let stats: StatsReport = serde_json::from_value(stats).unwrap();
     let (worker, totals) = (&stats.workers[0], &stats.totals);
     assert!(totals.received > 0);
     assert_eq!(totals.received + totals.replicas, totals.sent + totals.dropped);
@@ -342,9 +343,16 @@ fn counters_account_for_every_frame_and_every_cycle() {
         assert_eq!(queue.offered, queue.sent + queue.dropped);
     }
     assert_eq!(worker.frames, totals.received);
+    let all = |of: fn(&RxStats) -> u64| stats.ports.iter().flat_map(|port| &port.rx).map(of).sum::<u64>();
     assert_eq!(
-        worker.bursts,
-        stats.ports.iter().flat_map(|port| &port.rx).map(|queue| queue.bursts).sum::<u64>()
+        (worker.bursts, worker.bytes, worker.dropped),
+        (all(|queue| queue.bursts), all(|queue| queue.bytes), all(|queue| queue.dropped))
+    );
+    // A worker's busy time is its queues' but for the ends of turns.
+    let of_queues = all(|queue| queue.busy_cycles);
+    assert!(
+        of_queues <= worker.busy_cycles && of_queues > worker.busy_cycles / 2,
+        "{of_queues} of {worker:?}"
     );
     // Awake or asleep, each cycle since the start is busy or idle; the last sleep, of at most 200 ms, is not counted yet.
     let counted = (worker.busy_cycles + worker.idle_cycles) as f64 / stats.tsc_hz as f64;

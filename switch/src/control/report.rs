@@ -54,6 +54,10 @@ pub struct WorkerStats {
     pub state: WorkerState,
     /// Frames taken from guests.
     pub frames: u64,
+    /// Bytes of these, without FCS.
+    pub bytes: u64,
+    /// Of the frames, those that the bridge handed to nobody; the reasons are at their ports. What a receiver had no room for counts there.
+    pub dropped: u64,
     /// Bursts with at least one frame.
     pub bursts: u64,
     /// Cycles of turns in which anything was done.
@@ -118,6 +122,10 @@ pub struct RxStats {
     pub dropped: u64,
     /// Of these, by reason.
     pub drops: Vec<DropCount>,
+    /// Cycles that its worker spent on bursts with at least one frame, until these were handed to the other ports.
+    pub busy_cycles: u64,
+    /// `busy_cycles` / `received`; absent before the first frame.
+    pub cycles_per_frame: Option<f64>,
     /// What became of the addresses that they came from.
     pub addresses: AddressStats,
 }

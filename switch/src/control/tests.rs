@@ -46,6 +46,8 @@ impl SwitchState for Still {
             node: None,
             state: WorkerState::Polling,
             frames: 10,
+            bytes: 640,
+            dropped: 1,
             bursts: 2,
             busy_cycles: 700,
             idle_cycles: 300,

@@ -152,6 +152,8 @@ impl Switch {
                     WorkerState::Polling
                 },
                 frames,
+                bytes: c.bytes.get(),
+                dropped: c.dropped.get(),
                 bursts: c.bursts.get(),
                 busy_cycles: busy,
                 idle_cycles: c.idle.get(),
@@ -186,16 +188,19 @@ fn drop_counts(drops: &[(DropReason, u64)]) -> Vec<DropCount> {
 
 fn rx_stats(queue: u16, worker: Option<u32>, c: &RxCounters) -> RxStats {
     let drops = c.drops.list();
+    let (received, busy) = (c.received.get(), c.cycles.get());
     RxStats {
         queue,
         worker,
-        received: c.received.get(),
+        received,
         bytes: c.bytes.get(),
         bursts: c.bursts.get(),
         switched: c.switched.get(),
         replicas: c.replicas.get(),
         dropped: drops.iter().map(|d| d.1).sum(),
         drops: drop_counts(&drops),
+        busy_cycles: busy,
+        cycles_per_frame: (received > 0).then(|| busy as f64 / received as f64),
         addresses: AddressStats {
             learnt: c.addresses.learnt.get(),
             moved: c.addresses.moved.get(),

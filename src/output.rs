@@ -1,9 +1,11 @@
 //! What all subcommands share in talking to the user: standard output that may be a closed pipe, tables, units.
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Exit status for arguments or a configuration that are wrong: nothing was started.
 pub(crate) const REFUSED: u8 = 2;
@@ -24,6 +26,14 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other,
     }
+}
+
+/// Whether standard output is a pipe that nobody reads any more: nothing that is written will be seen.
+pub(crate) fn has_no_reader() -> bool {
+    let out = io::stdout();
+    let mut asked = [PollFd::new(out.as_fd(), PollFlags::empty())];
+    let lost = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
+    poll(&mut asked, PollTimeout::ZERO).is_ok() && asked.iter().any(lost)
 }
 
 /// A table without frames: a header, and columns as wide as they must be. The columns of `numbers` are aligned to the right.

@@ -70,7 +70,8 @@ pub(super) fn run(args: &ConsoleArgs) -> Result<ExitCode> {
             let _ = detached.send(());
         }
     })?;
-    while is_detached.try_recv().is_err() {
+    // A reader that went away (`| head`) has seen what it wanted, also of a guest that prints no more.
+    while is_detached.try_recv().is_err() && !output::has_no_reader() {
         match client::get_bytes_at(&door, &format!("/v1/console?{port}from={next}&wait=1"), NEXT) {
             Ok((then, bytes)) => {
                 let first = then.saturating_sub(bytes.len() as u64);
@@ -79,7 +80,10 @@ pub(super) fn run(args: &ConsoleArgs) -> Result<ExitCode> {
                 }
                 next = then;
                 let mut out = io::stdout().lock();
-                out.write_all(&bytes).and_then(|()| out.flush())?;
+                match out.write_all(&bytes).and_then(|()| out.flush()) {
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+                    other => other?,
+                }
             }
             Err(ClientError::NotRunning(_) | ClientError::Broken { .. }) => {
                 drop(terminal);
@@ -89,8 +93,10 @@ pub(super) fn run(args: &ConsoleArgs) -> Result<ExitCode> {
             Err(error) => return Err(error.into()),
         }
     }
+    if terminal.is_some() {
+        eprintln!();
+    }
     drop(terminal);
-    eprintln!();
     Ok(ExitCode::SUCCESS)
 }
 

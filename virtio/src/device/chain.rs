@@ -53,6 +53,13 @@ impl Chain {
     }
 }
 
+/// What has to be known of a chain to use it when it is in stock no more.
+#[derive(Debug)]
+pub struct Taken {
+    pub(super) id: u16,
+    pub(super) slots: u16,
+}
+
 /// Chains fetched and not yet used, oldest first.
 pub struct Stock {
     chains: Box<[Chain]>,
@@ -155,6 +162,16 @@ impl Stock {
             }
         }
         self.head = self.head.wrapping_add(n as u32);
+    }
+
+    /// The oldest chain leaves.
+    pub(super) fn take(&mut self) -> Option<Taken> {
+        if self.is_empty() {
+            return None;
+        }
+        let &Chain { id, slots, .. } = self.get(0);
+        self.pop(1);
+        Some(Taken { id, slots })
     }
 
     /// Chains are freed in the order in which they were fetched, so what was skipped at the end of the table to keep a chain

@@ -1,5 +1,5 @@
 //! The device side of a virtqueue: takes what the driver made available, gives it back used, in the order in which it was
-//! made available.
+//! made available unless a device asks for another ([`Ring::take`]).
 //!
 //! [`DeviceRing`] is one of two layouts; hot code is written once over the trait [`Ring`] and matches on the layout once a
 //! burst. Chains that were fetched wait in a [`Stock`] until they are used; those that were not used when a ring stops are
@@ -13,7 +13,7 @@ mod split;
 
 use crate::memory::copy::full_fence;
 
-pub use chain::{Buffer, Chain, MAX_CHAIN, Stock};
+pub use chain::{Buffer, Chain, MAX_CHAIN, Stock, Taken};
 pub use packed::PackedRing;
 pub use setup::{Direction, InflightArea, Layout, RingError, RingSetup};
 pub use split::SplitRing;
@@ -47,6 +47,14 @@ pub trait Ring {
 
     /// The first chain in stock is used; `written` bytes were written to it.
     fn use_written(&mut self, written: u32);
+
+    /// Takes the first chain out of the stock, to be used later and in any order: for a device that has several requests
+    /// under way. A ring that stops meanwhile forgets it, and neither finds where it was by itself when it starts again, nor by
+    /// an inflight area: only for devices whose driver starts anew then. Not with IN_ORDER.
+    fn take(&mut self) -> Option<Taken>;
+
+    /// A chain that was taken is used; `written` bytes were written to it.
+    fn use_taken(&mut self, chain: Taken, written: u32);
 
     /// Makes everything used since the last call visible to the driver; false if there is nothing. Whether the driver wants
     /// to be notified is then still to be asked.

@@ -7,7 +7,7 @@
 use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::Ring;
-use super::chain::{Chain, Stock, Walk, table_entry};
+use super::chain::{Chain, Stock, Taken, Walk, table_entry};
 use super::inflight::Inflight;
 use super::setup::{Direction, RingError, RingSetup};
 use crate::event::need_event;
@@ -416,6 +416,14 @@ impl Ring for PackedRing {
         let chain = *self.stock.get(0);
         self.put(chain.id, written, chain.slots);
         self.stock.pop(1);
+    }
+
+    fn take(&mut self) -> Option<Taken> {
+        self.stock.take()
+    }
+
+    fn use_taken(&mut self, chain: Taken, written: u32) {
+        self.put(chain.id, written, chain.slots);
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 //! out only checked chains. Never allocates, never blocks, never knows what the buffers are for.
 
 use super::Ring;
-use super::chain::{Chain, Stock, Walk, table_entry};
+use super::chain::{Chain, Stock, Taken, Walk, table_entry};
 use super::setup::{Direction, RingError, RingSetup};
 use crate::event::need_event;
 use crate::features;
@@ -326,6 +326,15 @@ impl Ring for SplitRing {
         self.put(id, written);
         self.used_next = self.used_next.wrapping_add(1);
         self.stock.pop(1);
+    }
+
+    fn take(&mut self) -> Option<Taken> {
+        self.stock.take()
+    }
+
+    fn use_taken(&mut self, chain: Taken, written: u32) {
+        self.put(chain.id, written);
+        self.used_next = self.used_next.wrapping_add(1);
     }
 
     #[inline(always)]

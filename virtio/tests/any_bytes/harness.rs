@@ -264,6 +264,7 @@ pub(crate) fn device(bytes: &[u8]) {
         assert!(at <= MEMORY && MEMORY - at >= len as usize, "a buffer outside the memory");
     };
     let mut cursor = Cursor::default();
+    let mut taken = Vec::new();
     while !input.is_empty() {
         for _ in 0..input.byte() % 8 {
             kind.make_available(&memory, &mut input, &mut cursor);
@@ -290,7 +291,15 @@ pub(crate) fn device(bytes: &[u8]) {
                     assert_eq!(both, u64::from(chain.total));
                 }
             }
-            let some = usize::from(input.byte()) % (n + 1);
+            if direction == Direction::Both && features & f::IN_ORDER == 0 {
+                // Some are under way for a while, and done in another order.
+                taken.extend((0..usize::from(input.byte() % 4)).map_while(|_| r.take()));
+                for _ in 0..(usize::from(input.byte()) % 4).min(taken.len()) {
+                    r.use_taken(taken.swap_remove(0), 1);
+                }
+            }
+            assert!(taken.len() + r.stock().len() <= usize::from(size), "more than the ring holds");
+            let some = usize::from(input.byte()) % (r.stock().len() + 1);
             match direction {
                 Direction::Read => r.use_read(some),
                 Direction::Write | Direction::Both => (0..some).for_each(|_| r.use_written(1)),

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use host::{pci, topology};
 use vmm::boot::Format;
-use vmm::config::{Config, NetBack, OnReboot, PageSize, SerialTo};
+use vmm::config::{Config, DiskAio, NetBack, OnReboot, PageSize, SerialTo};
 use vmm::preflight::Preflight;
 
 use crate::output::{self, refuse};
@@ -124,6 +124,13 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         let (path, size) = (disk.path.display(), output::bytes(size));
         let direct = if disk.direct { ", beside the page cache" } else { "" };
         writeln!(text, "  {how} {path} ({size}): disk {}, {} queue(s){direct}", disk.name, disk.queues)?;
+        let aio = match disk.aio {
+            DiskAio::IoUring => "with io_uring if the kernel allows",
+            DiskAio::Threads => "one request after the other",
+        };
+        let cores =
+            disk.iothread_cores.as_ref().map_or_else(String::new, |cores| format!(" on cores {cores:?}"));
+        writeln!(text, "    by {} thread(s){cores}, {aio}", disk.iothreads)?;
     }
     for function in &config.pci {
         let function = pci::find(Path::new("/"), function.device);

@@ -79,7 +79,7 @@ macro_rules! keys {
             /// A memory node of the guest, as often as there are nodes: memory=1GiB,vcpus=0:1, and node, distances, devices.
             #[arg(long, value_name = "NODE", help_heading = "Instead of a FILE")]
             numa: Vec<String>,
-            /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, queues, queue_size.
+            /// A disk, as often as there are disks: raw,path=FILE, and read_only, direct, serial, discard, aio, queues, queue_size, iothreads, iothread_cores (0:1).
             #[arg(long, value_name = "DISK", help_heading = "Instead of a FILE")]
             disk: Vec<String>,
             /// A function of the host's that the guest gets, bound to vfio-pci (cableway nic bind), as often as there are: 0000:01:00.0, and vf_token=UUID.

@@ -101,6 +101,14 @@ impl<'r> Buffers<'r> {
         at as u32
     }
 
+    /// The same, for longer than the ring is borrowed.
+    ///
+    /// # Safety
+    /// What they were made of stays mapped until the last use of them, or of what is taken off them.
+    pub(crate) unsafe fn kept(self) -> Buffers<'static> {
+        Buffers { pieces: self.pieces, ring: PhantomData }
+    }
+
     /// The pieces, for a system call that reads or writes them.
     pub(crate) fn pieces(&self) -> &[libc::iovec] {
         &self.pieces

@@ -214,7 +214,8 @@ pub(crate) fn bit(exit: DisabledExit) -> u32 {
 }
 
 fn cores(config: &Config) -> Result<(), PreflightError> {
-    if config.vcpu_cores.is_none() && config.emulator_cores.is_none() {
+    let of_disks = config.disk.iter().any(|disk| disk.iothread_cores.is_some());
+    if config.vcpu_cores.is_none() && config.emulator_cores.is_none() && !of_disks {
         return Ok(());
     }
     let online = topology::online_cores(Path::new("/"))?;
@@ -235,7 +236,8 @@ fn cores(config: &Config) -> Result<(), PreflightError> {
         cores.iter().flatten().try_for_each(|core| check(key, *core))
     };
     of("vcpu_cores", &config.vcpu_cores)?;
-    of("emulator_cores", &config.emulator_cores)
+    of("emulator_cores", &config.emulator_cores)?;
+    config.disk.iter().try_for_each(|disk| of("iothread_cores", &disk.iothread_cores))
 }
 
 fn vcpus(config: &Config, kvm: &Kvm) -> Result<(), PreflightError> {

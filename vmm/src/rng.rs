@@ -13,7 +13,7 @@ use crate::buffers::Request;
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
-use crate::worker::{Serve, Workers};
+use crate::worker::{Serve, Served, Workers};
 
 /// virtio's number of it, and PCI's class for what has none.
 const KIND: (u16, u16) = (4, 0x00ff);
@@ -80,7 +80,7 @@ struct Server;
 impl Serve for Server {
     fn start(&mut self, _: u64) {}
 
-    fn serve(&mut self, mut request: Request<'_>) -> Option<u32> {
+    fn serve(&mut self, mut request: Request<'_>) -> Served {
         let room = request.writable.take(MOST);
         let mut written = 0;
         for piece in room.pieces() {
@@ -92,7 +92,7 @@ impl Serve for Server {
                 break;
             }
         }
-        Some(written)
+        Served::Done(written)
     }
 }
 

@@ -118,6 +118,12 @@ impl Driver {
         self.memory.view().load(GuestAddress(USED + 2), Ordering::Acquire).unwrap()
     }
 
+    /// The head of the chain that came back as number `n`.
+    pub(crate) fn used_head(&self, n: u16) -> u32 {
+        let at = USED + 4 + 8 * u64::from(n % SIZE);
+        self.memory.view().load(GuestAddress(at), Ordering::Relaxed).unwrap()
+    }
+
     /// Waits until all chains came back; the last one's length.
     pub(crate) fn wait(&mut self) -> u32 {
         self.until("the request is used", |driver| driver.used() == driver.avail);

@@ -17,7 +17,7 @@ use crate::lifecycle::Lifecycle;
 use crate::machine::StartError;
 use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::virtio_pci::{Activation, VirtioDevice};
-use crate::worker::{Serve, Workers};
+use crate::worker::{Serve, Served, Workers};
 
 /// virtio's number of a console, and PCI's class of one (communication, other).
 const KIND: (u16, u16) = (3, 0x0780);
@@ -110,7 +110,7 @@ enum Server {
 impl Serve for Server {
     fn start(&mut self, _: u64) {}
 
-    fn serve(&mut self, mut request: Request<'_>) -> Option<u32> {
+    fn serve(&mut self, mut request: Request<'_>) -> Served {
         match self {
             Server::Transmit(output) => {
                 let mut buffer = [0; 1024];
@@ -122,25 +122,25 @@ impl Serve for Server {
                     let _ = output.write(bytes);
                     left -= bytes.len();
                 }
-                Some(0)
+                Served::Done(0)
             }
             Server::Receive(typed) => {
                 let pieces = request.writable.pieces();
                 if pieces.is_empty() {
-                    return Some(0);
+                    return Served::Done(0);
                 }
-                let pipe = typed.as_ref()?;
+                let Some(pipe) = typed else { return Served::Kept };
                 // SAFETY: the pieces lie in guest memory that is mapped while the request is borrowed; the kernel writes
                 // there.
                 let got =
                     unsafe { libc::readv(pipe.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int) };
                 match u32::try_from(got) {
                     Ok(0) => *typed = None,
-                    Ok(got) => return Some(got),
+                    Ok(got) => return Served::Done(got),
                     Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock => {}
                     Err(_) => *typed = None,
                 }
-                None
+                Served::Kept
             }
         }
     }

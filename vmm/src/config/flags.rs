@@ -32,7 +32,7 @@ const TABLES: &[&str] = &["topology"];
 /// Keys that may be given again and again: lists of tables, and the key that their first part is the value of.
 const LISTED: &[(&str, &str)] = &[("net", "kind"), ("disk", "format"), ("numa", "memory"), ("pci", "device")];
 /// Parts of those that have several numbers, apart by colons: `vcpus=0:2-3`.
-const NUMBERS: &[&str] = &["vcpus", "distances"];
+const NUMBERS: &[&str] = &["vcpus", "distances", "iothread_cores"];
 
 /// Reads `flags`: keys of `[vm]` with their values.
 pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
@@ -86,7 +86,7 @@ pub(super) fn parse(flags: &[(&str, String)]) -> Result<Config, ConfigErrors> {
 /// One number, or all from the first to the last of a range; what is neither stays as it is, for a message to name it.
 fn numbers(part: &str) -> Vec<String> {
     let range = part.split_once('-').and_then(|(from, to)| {
-        let (from, to): (u8, u8) = (from.trim().parse().ok()?, to.trim().parse().ok()?);
+        let (from, to): (u16, u16) = (from.trim().parse().ok()?, to.trim().parse().ok()?);
         (from <= to).then_some(from..=to)
     });
     range.map_or_else(|| vec![plain(part)], |range| range.map(|n| n.to_string()).collect())

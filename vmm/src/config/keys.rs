@@ -7,13 +7,14 @@ use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
 use super::values::{
-    CommandLine, DisabledExit, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize, Serial,
-    SerialName,
+    CommandLine, DisabledExit, DiskAio, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize,
+    Serial, SerialName,
 };
 
 plain!(
     CommandLine,
     DisabledExit,
+    DiskAio,
     DiskFormat,
     FileName,
     Function,
@@ -167,8 +168,14 @@ keys! {
         serial: Serial,
         /// Whether the guest may give back what it does not need any more.
         discard: bool,
-        /// How many queues, each with a thread.
+        /// How reads and writes are done.
+        aio: DiskAio,
+        /// How many queues.
         queues: Bounded<1, 64>,
+        /// How many threads work on them.
+        iothreads: Bounded<1, 64>,
+        /// The host's cores of these threads.
+        iothread_cores: Vec<Spanned<CoreNumber>>,
         /// Entries of each queue.
         queue_size: Bounded<16, 1_024>,
     }

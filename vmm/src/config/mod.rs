@@ -20,7 +20,7 @@ use host::pci::Bdf;
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Fill, Problems};
-pub use values::{DisabledExit, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
+pub use values::{DisabledExit, DiskAio, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
 pub const MAX_VCPUS: u32 = 254;
@@ -151,8 +151,14 @@ pub struct DiskConfig {
     pub serial: String,
     /// Whether the guest may give back what it does not need any more.
     pub discard: bool,
-    /// Queues, each with a thread.
+    /// How reads and writes are done.
+    pub aio: DiskAio,
+    /// Queues.
     pub queues: u16,
+    /// Threads that work on them.
+    pub iothreads: u16,
+    /// The host's cores of these threads, in turn.
+    pub iothread_cores: Option<Vec<u32>>,
     /// Entries of each queue: a power of two.
     pub queue_size: u16,
 }

@@ -230,6 +230,27 @@ fn memory_that_must_be_there_cannot_be_left_for_later() {
 }
 
 #[test]
+fn the_threads_of_a_disk_are_as_many_and_where_they_are_asked_to_be() {
+    let disk = |keys: &str| format!("kernel = 'k'\ndisk = [{{ format = 'raw', path = 'd'{keys} }}]");
+    let config = parse(&disk(", queues = 4")).unwrap();
+    let first = &config.disk[0];
+    assert_eq!((first.aio, first.iothreads, &first.iothread_cores), (DiskAio::IoUring, 4, &None));
+    let flag = "raw,path=d,aio=threads,queues=4,iothreads=2,iothread_cores=0:5-6";
+    let config = Config::from_flags(&[("kernel", "k".to_owned()), ("disk", flag.to_owned())]).unwrap();
+    let first = &config.disk[0];
+    assert_eq!((first.aio, first.iothreads), (DiskAio::Threads, 2));
+    assert_eq!(first.iothread_cores, Some(vec![0, 5, 6]));
+    assert!(
+        problem(&disk(", iothreads = 2")[13..]).2.contains("`iothreads`: 2, but the disk has 1 queue(s)")
+    );
+    assert!(
+        problem(&format!("vcpu_cores = [3]\n{}", &disk(", iothread_cores = [3]")[13..]))
+            .2
+            .contains("core 3 is a vCPU's")
+    );
+}
+
+#[test]
 fn two_consoles_do_not_go_to_one_place() {
     assert!(problem("console = \"stdio\"").2.contains("the serial console is there already"));
     assert!(problem("console = \"file:a\"\nserial = \"file:a\"").2.contains("a file of its own"));

@@ -9,7 +9,7 @@ use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, PciKeys, TopologyKeys, VmKeys};
 use super::nodes::Given;
-use super::values::{NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
+use super::values::{DiskAio, NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
 use super::{
     Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, PciConfig, Topology, VhostUserConfig,
 };
@@ -172,7 +172,8 @@ fn vm(
     let mut disk: Vec<DiskConfig> = Vec::new();
     for keys in keys.disk.into_iter().flat_map(Spanned::into_inner) {
         let span = keys.span();
-        disk.extend(self::disk(keys.into_inner(), &span, disk.len(), problems));
+        let of_vcpus = vcpu_cores.as_deref().unwrap_or_default();
+        disk.extend(self::disk(keys.into_inner(), &span, disk.len(), of_vcpus, problems));
     }
     let mut pci: Vec<PciConfig> = Vec::new();
     for keys in keys.pci.into_iter().flat_map(Spanned::into_inner) {
@@ -304,7 +305,13 @@ fn net(keys: NetKeys, at: &Range<usize>, number: usize, problems: &mut Problems<
 }
 
 /// One of `disk`.
-fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problems<'_>) -> Option<DiskConfig> {
+fn disk(
+    keys: DiskKeys,
+    at: &Range<usize>,
+    number: usize,
+    of_vcpus: &[u32],
+    problems: &mut Problems<'_>,
+) -> Option<DiskConfig> {
     if keys.format.is_none() {
         keys.wrong.or_missing("format", at.clone(), "`format = \"raw\"`", problems);
     }
@@ -312,6 +319,27 @@ fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problem
         keys.wrong.or_missing("path", at.clone(), "the image, as in `path = \"disk.raw\"`", problems);
     }
     let queue_size = queue_size(keys.queue_size.map(|size| (size.get_ref().get(), size.span())), problems);
+    let queues = keys.queues.map_or(1, |queues| queues.get_ref().get());
+    let iothreads = keys.iothreads.map_or(queues, |threads| {
+        let wanted = threads.get_ref().get();
+        if wanted > queues {
+            problems.add(
+                threads.span(),
+                format!(
+                    "`iothreads`: {wanted}, but the disk has {queues} queue(s); a thread has one at least"
+                ),
+            );
+        }
+        wanted
+    });
+    let iothread_cores = keys.iothread_cores.map(|list| {
+        let (span, cores) = cores("iothread_cores", list, problems);
+        for core in cores.iter().filter(|core| of_vcpus.contains(core)) {
+            let message = format!("`iothread_cores`: core {core} is a vCPU's already; a core has one task");
+            problems.add(span.clone(), message);
+        }
+        cores
+    });
     Some(DiskConfig {
         name: keys.name.map_or_else(|| format!("disk{number}"), |name| name.into_inner().0),
         path: keys.path?.into_inner().0,
@@ -319,7 +347,10 @@ fn disk(keys: DiskKeys, at: &Range<usize>, number: usize, problems: &mut Problem
         direct: keys.direct.is_some_and(Spanned::into_inner),
         serial: keys.serial.map_or_else(String::new, |serial| serial.into_inner().0),
         discard: keys.discard.is_none_or(Spanned::into_inner),
-        queues: keys.queues.map_or(1, |queues| queues.get_ref().get()),
+        aio: keys.aio.map_or(DiskAio::IoUring, Spanned::into_inner),
+        queues,
+        iothreads,
+        iothread_cores,
         queue_size,
     })
 }

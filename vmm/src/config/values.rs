@@ -44,6 +44,14 @@ words! {
         Raw = "raw",
     }
 
+    /// How a disk's reads and writes are done, in the words of QEMU.
+    DiskAio {
+        /// By the kernel, many at a time.
+        IoUring = "io_uring",
+        /// By the queue's thread, one after the other.
+        Threads = "threads",
+    }
+
     /// Which end of the socket we are.
     NetMode {
         /// We connect, again and again, to the back end.

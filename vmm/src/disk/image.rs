@@ -8,9 +8,12 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use super::direct::{self, Alignment};
 use crate::buffers::{Buffers, Page};
 use crate::config::DiskConfig;
+use crate::worker::WorkersError;
 
 /// Bytes of a sector, whatever the disk's blocks are (virtio 1.3, 5.2.4).
 pub(crate) const SECTOR: u64 = 512;
@@ -47,9 +50,12 @@ pub enum DiskError {
     /// Somebody else has it.
     #[error("`disk`: {} is in use by another machine; two that write to one disk destroy it (`read_only = true` on both shares it)", .0.display())]
     InUse(PathBuf),
-    /// No more threads or descriptors.
+    /// No more descriptors.
     #[error("`disk`: {0}")]
     System(#[from] io::Error),
+    /// No threads, or not where they are to be.
+    #[error("`disk`: {0}")]
+    Threads(#[from] WorkersError),
 }
 
 /// An open image.
@@ -84,6 +90,9 @@ impl Image {
         if !sort.is_file() && !sort.is_block_device() {
             return Err(DiskError::Kind(path()));
         }
+        // io_uring would refuse what has to be waited for.
+        let flags = if config.direct { OFlag::O_DIRECT } else { OFlag::empty() };
+        fcntl(&file, FcntlArg::F_SETFL(flags)).map_err(|errno| open_error(&config.path, errno.into()))?;
         let locked = if config.read_only { file.try_lock_shared() } else { file.try_lock() };
         match locked {
             Ok(()) => {}
@@ -146,8 +155,13 @@ impl Image {
         })
     }
 
+    /// Whether it passes by the page cache.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// Whether the host's kernel takes memory as it is.
-    fn takes(&self, memory: &Buffers<'_>) -> bool {
+    pub(super) fn takes(&self, memory: &Buffers<'_>) -> bool {
         self.direct.is_none_or(|alignment| alignment.suits(memory.pieces()))
     }
 
@@ -194,6 +208,19 @@ impl Image {
 
     fn raw(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+}
+
+/// A ring of the kernel's goes on holding the file for a while when it is gone, and the lock would last as long.
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = self.file.unlock();
+    }
+}
+
+impl AsRawFd for Image {
+    fn as_raw_fd(&self) -> RawFd {
+        self.raw()
     }
 }
 

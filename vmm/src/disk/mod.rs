@@ -1,27 +1,37 @@
 //! A disk: virtio-blk (virtio 1.3, 5.2) on a raw image or a block device.
 //!
-//! Owns what the guest's driver sees of it: size, features, limits. Requests are read and answered in [`request`], by a
-//! thread for each queue; [`image`] is the host's side, [`direct`] what O_DIRECT asks for. No vCPU waits for a disk.
+//! Owns what the guest's driver sees of it: size, features, limits. Requests are read and answered in [`request`], by threads of
+//! the disk's; [`under_way`] is what the kernel does of them by itself, [`image`] the host's side, [`direct`] what O_DIRECT asks
+//! for. No vCPU waits for a disk.
+//!
+//! System calls of a disk's threads, besides those of [`crate::worker`]: io_uring_enter, or without io_uring, and for what it
+//! does not do: preadv, pwritev (pwrite64 for zeros where the host has no better way), fdatasync, fallocate; nanosleep. Where
+//! the threads are started: io_uring_setup, io_uring_register, mmap of the rings, sched_setaffinity.
 
 mod direct;
 pub(crate) mod image;
 mod request;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod tests;
+mod under_way;
 
+use std::io;
 use std::sync::Arc;
 
 use virtio::features;
 use virtio::memory::GuestMemory;
 
-use crate::config::DiskConfig;
+use crate::config::{DiskAio, DiskConfig};
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
-use crate::worker::Workers;
+use crate::worker::{Threads, Workers};
 pub(crate) use image::DiskError;
 use image::Image;
 use request::{FEATURE_FLUSH, ID, Server};
+use under_way::UnderWay;
 
 /// virtio's number of a disk, and PCI's class of one (mass storage, other).
 const KIND: (u16, u16) = (2, 0x0180);
@@ -75,22 +85,44 @@ impl Disk {
         }
         let mut id = [0; ID];
         id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
-        let server = |_| Server {
+        let server = |under_way| Server {
             image: image.clone(),
             read_only: config.read_only,
             discard,
             id,
             write_through: true,
+            under_way,
         };
+        let mut rings = rings(config, &image, memory).into_iter();
+        let serve = (0..config.queues).map(|_| server(rings.next())).collect();
+        let cores = config.iothread_cores.as_deref().unwrap_or_default();
+        let threads = Threads { count: config.iothreads.into(), cores };
         Ok(Self {
             offered,
             sectors: image.sectors(),
             block: image.block(),
             queues: config.queues,
             queue_size: config.queue_size,
-            workers: Workers::new(&config.name, memory, (0..config.queues).map(server).collect())?,
+            workers: Workers::on(&config.name, memory, serve, threads)?,
         })
     }
+}
+
+/// A ring of the kernel's for each queue; none, and a word why, where it does not give any.
+fn rings(config: &DiskConfig, image: &Arc<Image>, memory: &Arc<GuestMemory>) -> Vec<UnderWay> {
+    if config.aio == DiskAio::Threads {
+        return Vec::new();
+    }
+    let ring = |_| UnderWay::new(image, memory, config.queue_size);
+    let rings: io::Result<Vec<_>> = (0..config.queues).map(ring).collect();
+    rings.unwrap_or_else(|error| {
+        tracing::warn!(
+            "disk {}: no io_uring here ({error}; see /proc/sys/kernel/io_uring_disabled, and whoever confines this process): \
+             each thread does one request after the other, as with `aio = \"threads\"`",
+            config.name
+        );
+        Vec::new()
+    })
 }
 
 impl VirtioDevice for Disk {

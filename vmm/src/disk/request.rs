@@ -1,15 +1,18 @@
 //! Requests of a disk's driver (virtio 1.3, 5.2.6).
 //!
 //! Owns how one is read and answered. The guest wrote it: its header is read once, sector numbers and lengths are checked
-//! against the disk, and whatever it is, there is an answer in its last byte.
+//! against the disk, and whatever it is, there is an answer in its last byte. Reads, writes and flushes go to the kernel
+//! ([`under_way`](super::under_way)) where it takes them; otherwise, and everything else, they are done here and waited for.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::image::{Image, SECTOR};
+use super::under_way::{Transfer, UnderWay};
 use super::{MOST_RANGES, MOST_SECTORS};
 use crate::buffers::{Buffers, Request};
-use crate::worker::Serve;
+use crate::worker::{Serve, Served};
 
 /// Kinds of requests.
 const IN: u32 = 0;
@@ -40,10 +43,20 @@ pub(super) struct Server {
     pub(super) id: [u8; ID],
     /// The driver never flushes: each write is on the disk when it is answered (5.2.6.2).
     pub(super) write_through: bool,
+    /// What the kernel does by itself; `None`: everything is waited for.
+    pub(super) under_way: Option<UnderWay>,
+}
+
+/// What is asked for, checked.
+enum Order<'r> {
+    /// Something that the kernel does by itself.
+    Transfer(Transfer<'r>),
+    /// So many bytes were answered already.
+    Done(u64),
 }
 
 /// Why a request is refused.
-enum Refused {
+pub(super) enum Refused {
     Unsupported,
     Failed,
 }
@@ -65,25 +78,65 @@ impl Serve for Server {
         self.write_through = features & FEATURE_FLUSH == 0;
     }
 
-    fn serve(&mut self, request: Request<'_>) -> Option<u32> {
+    fn serve(&mut self, request: Request<'_>) -> Served {
+        if self.under_way.as_ref().is_some_and(|kernel| !kernel.has_room()) {
+            return Served::Kept;
+        }
         let Request { readable, mut writable } = request;
         // Without a byte for the answer there is none.
-        let Some(room) = writable.len().checked_sub(1) else { return Some(0) };
+        let Some(room) = writable.len().checked_sub(1) else { return Served::Done(0) };
         let answer = writable.take(room);
-        let (status, written) = match self.answer(readable, answer) {
-            Ok(written) => (OK, written),
-            Err(Refused::Failed) => (FAILED, 0),
-            Err(Refused::Unsupported) => (UNSUPPORTED, 0),
+        let done = match self.order(readable, answer) {
+            Ok(Order::Transfer(transfer)) => match &mut self.under_way {
+                Some(kernel) if transfer.suits(&self.image) => {
+                    return Served::UnderWay(kernel.add(transfer, writable, room, self.write_through));
+                }
+                _ => transfer.now(&self.image, self.write_through),
+            },
+            Ok(Order::Done(written)) => Ok(written),
+            Err(refused) => Err(refused),
         };
-        writable.write(&[status]);
-        // The length says up to where all bytes were written, and the status is the last of them (2.7.8.2).
-        Some(if written == room { u32::try_from(room + 1).unwrap_or(0) } else { 0 })
+        Served::Done(finish(done, writable, room))
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.under_way.as_ref().map(AsFd::as_fd)
+    }
+
+    fn begin(&mut self) -> bool {
+        self.under_way.as_mut().is_none_or(UnderWay::begin)
+    }
+
+    fn is_under_way(&self) -> bool {
+        self.under_way.as_ref().is_some_and(|kernel| !kernel.is_empty())
+    }
+
+    fn finished(&mut self) -> Option<(u16, u32)> {
+        self.under_way.as_mut().and_then(UnderWay::finished)
+    }
+
+    fn settle(&mut self) {
+        if let Some(kernel) = &mut self.under_way {
+            kernel.settle();
+        }
     }
 }
 
+/// Writes the answer to its byte. Returns how many bytes were written, from the first of the `room` before it on.
+pub(super) fn finish(done: Result<u64, Refused>, mut status: Buffers<'_>, room: u64) -> u32 {
+    let (status_byte, written) = match done {
+        Ok(written) => (OK, written),
+        Err(Refused::Failed) => (FAILED, 0),
+        Err(Refused::Unsupported) => (UNSUPPORTED, 0),
+    };
+    status.write(&[status_byte]);
+    // The length says up to where all bytes were written, and the status is the last of them (2.7.8.2).
+    if written == room { u32::try_from(room + 1).unwrap_or(0) } else { 0 }
+}
+
 impl Server {
-    /// Does what is asked for; returns how many bytes of `answer` were written.
-    fn answer(&self, mut asked: Buffers<'_>, mut answer: Buffers<'_>) -> Result<u64, Refused> {
+    /// Reads what is asked for, and does what is done at once.
+    fn order<'r>(&self, mut asked: Buffers<'r>, mut answer: Buffers<'r>) -> Result<Order<'r>, Refused> {
         let mut header = [0; HEADER];
         if !asked.read(&mut header) {
             return Err(Refused::Failed);
@@ -95,33 +148,29 @@ impl Server {
         }
         match kind {
             IN => {
-                let length = answer.len();
-                self.image.read(self.checked(sector, length)?, answer)?;
-                Ok(length)
+                let at = self.checked(sector, answer.len())?;
+                Ok(Order::Transfer(Transfer::Read { at, to: answer }))
             }
             OUT => {
-                self.image.write(self.checked(sector, asked.len())?, asked)?;
-                self.settle()
+                let at = self.checked(sector, asked.len())?;
+                Ok(Order::Transfer(Transfer::Write { at, from: asked }))
             }
-            FLUSH => {
-                self.image.flush()?;
-                Ok(0)
-            }
-            GET_ID => Ok(answer.write(&self.id).into()),
+            FLUSH => Ok(Order::Transfer(Transfer::Flush)),
+            GET_ID => Ok(Order::Done(answer.write(&self.id).into())),
             DISCARD | WRITE_ZEROES if self.discard => {
                 self.ranges(kind == DISCARD, asked)?;
-                self.settle()
+                self.settle_writes()
             }
             _ => Err(Refused::Unsupported),
         }
     }
 
     /// A driver that never flushes expects every write to be on the disk.
-    fn settle(&self) -> Result<u64, Refused> {
+    fn settle_writes<'r>(&self) -> Result<Order<'r>, Refused> {
         if self.write_through {
             self.image.flush()?;
         }
-        Ok(0)
+        Ok(Order::Done(0))
     }
 
     /// Discards ranges, or fills them with zeros.

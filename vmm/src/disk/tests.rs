@@ -11,6 +11,7 @@ const HEADER: u64 = 0x4000;
 const STATUS: u64 = 0x5000;
 
 const NEXT: u16 = 1;
+const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 struct Guest {
@@ -20,12 +21,14 @@ struct Guest {
 }
 
 impl Guest {
-    /// A guest with a started disk of 64 sectors; `keys` are more of the disk's.
-    fn with(keys: &str) -> Self {
+    /// A guest with a started disk of 64 sectors, done `aio`'s way; `keys` are more of the disk's.
+    fn with(aio: &str, keys: &str) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), (0..64 * 512).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
-        let text =
-            format!("[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = {:?}\n{keys}", file.path());
+        let text = format!(
+            "[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = {:?}\naio = {aio:?}\n{keys}",
+            file.path()
+        );
         let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
         let image = Arc::new(Image::open(&config.disk[0]).unwrap());
         let driver = Driver::new();
@@ -71,7 +74,7 @@ impl Guest {
         self.request(kind, 0, &[(DATA, 16, false)]).1
     }
 
-    fn until(&mut self, what: &str, is: impl Fn(&Disk) -> bool) {
+    fn until_disk(&mut self, what: &str, is: impl Fn(&Disk) -> bool) {
         self.driver.until(what, |_| is(&self.disk));
     }
 
@@ -94,9 +97,34 @@ impl DerefMut for Guest {
     }
 }
 
-#[test]
-fn what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces() {
-    let mut guest = Guest::with("serial = 'a disk'");
+/// Each test for either way.
+macro_rules! both_ways {
+    ($($test:ident)+) => {
+        mod io_uring {
+            $(#[test] fn $test() { super::$test("io_uring") })+
+        }
+        mod threads {
+            $(#[test] fn $test() { super::$test("threads") })+
+        }
+    };
+}
+
+both_ways! {
+    what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces
+    a_disk_beside_the_page_cache_takes_memory_that_is_not_aligned_and_says_what_its_blocks_are
+    what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing
+    a_disk_that_is_only_read_is_not_written
+    what_is_discarded_or_zeroed_reads_as_zeros_and_nothing_else_does
+    chains_that_are_no_request_come_back_and_the_next_one_is_served
+    a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it
+    a_file_that_becomes_shorter_is_an_error_of_the_request
+    two_machines_do_not_share_a_disk_that_one_of_them_writes
+    many_requests_at_once_are_each_answered_once
+    what_is_under_way_is_done_before_the_disk_rests_or_lets_go
+}
+
+fn what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces(aio: &str) {
+    let mut guest = Guest::with(aio, "serial = 'a disk'");
     let data: Vec<u8> = (0..1024_u32).map(|i| (i * 7) as u8).collect();
     guest.write(DATA, &data);
     let pieces = [(DATA, 100, false), (DATA + 100, 500, false), (DATA + 600, 424, false)];
@@ -110,9 +138,8 @@ fn what_is_written_in_pieces_is_in_the_file_and_is_read_again_in_other_pieces() 
     assert_eq!(guest.read(to, 20), b"a disk\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
 
-#[test]
-fn a_disk_beside_the_page_cache_takes_memory_that_is_not_aligned_and_says_what_its_blocks_are() {
-    let mut guest = Guest::with("direct = true");
+fn a_disk_beside_the_page_cache_takes_memory_that_is_not_aligned_and_says_what_its_blocks_are(aio: &str) {
+    let mut guest = Guest::with(aio, "direct = true");
     let block = u32::from_le_bytes(guest.disk.config()[20..24].try_into().unwrap());
     assert!(block.is_power_of_two() && (512..=4096).contains(&block), "{block}");
     let data: Vec<u8> = (0..8192_u32).map(|i| (i * 7) as u8).collect();
@@ -129,9 +156,8 @@ fn a_disk_beside_the_page_cache_takes_memory_that_is_not_aligned_and_says_what_i
     assert!(guest.contents()[..8192].iter().all(|byte| *byte == 0));
 }
 
-#[test]
-fn what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing() {
-    let mut guest = Guest::with("");
+fn what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing(aio: &str) {
+    let mut guest = Guest::with(aio, "");
     let before = guest.contents();
     for (sector, len) in
         [(64, 512), (63, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (1 << 55, 512), (0, 511), (0, 1)]
@@ -150,9 +176,8 @@ fn what_is_not_on_the_disk_or_not_whole_sectors_fails_and_changes_nothing() {
     assert_eq!(guest.request(99, 0, &[]).1, 2, "no such kind");
 }
 
-#[test]
-fn a_disk_that_is_only_read_is_not_written() {
-    let mut guest = Guest::with("read_only = true");
+fn a_disk_that_is_only_read_is_not_written(aio: &str) {
+    let mut guest = Guest::with(aio, "read_only = true");
     assert_eq!(guest.disk.features() & (FEATURE_READ_ONLY | FEATURE_DISCARD), FEATURE_READ_ONLY);
     let before = guest.contents();
     assert_eq!(guest.request(1, 0, &[(DATA, 512, false)]), (1, 1));
@@ -161,9 +186,8 @@ fn a_disk_that_is_only_read_is_not_written() {
     assert!((guest.read(DATA, 512), guest.contents()) == (vec![5; 512], before));
 }
 
-#[test]
-fn what_is_discarded_or_zeroed_reads_as_zeros_and_nothing_else_does() {
-    let mut guest = Guest::with("");
+fn what_is_discarded_or_zeroed_reads_as_zeros_and_nothing_else_does(aio: &str) {
+    let mut guest = Guest::with(aio, "");
     assert_eq!(guest.range(11, 8, 8, 0), 0);
     assert_eq!(guest.range(13, 32, 3, 0), 0);
     assert_eq!(guest.range(13, 40, 3, 1), 0);
@@ -175,13 +199,12 @@ fn what_is_discarded_or_zeroed_reads_as_zeros_and_nothing_else_does() {
     }
     assert_eq!((guest.range(11, 0, 8, 1), guest.range(13, 0, 8, 2)), (2, 2), "flags that there are not");
     assert_eq!(guest.range(13, 0, 65_537, 0), 1, "more than a range may have");
-    let mut guest = Guest::with("discard = false");
+    let mut guest = Guest::with(aio, "discard = false");
     assert_eq!(guest.range(11, 8, 8, 0), 2);
 }
 
-#[test]
-fn chains_that_are_no_request_come_back_and_the_next_one_is_served() {
-    let mut guest = Guest::with("");
+fn chains_that_are_no_request_come_back_and_the_next_one_is_served(aio: &str) {
+    let mut guest = Guest::with(aio, "");
     let before = guest.contents();
     guest.header(1, 0);
     let header = (HEADER, 16, false);
@@ -203,9 +226,8 @@ fn chains_that_are_no_request_come_back_and_the_next_one_is_served() {
     assert_eq!(guest.read(DATA, 512), [7; 512]);
 }
 
-#[test]
-fn a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it() {
-    let mut guest = Guest::with("");
+fn a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it(aio: &str) {
+    let mut guest = Guest::with(aio, "");
     let looping = (HEADER, 16, NEXT, 0);
     for (what, head, descriptor) in [
         ("a chain that loops", 0, looping),
@@ -221,30 +243,28 @@ fn a_ring_that_makes_no_sense_stops_the_disk_until_its_driver_resets_it() {
         guest.descriptor(0, descriptor);
         guest.descriptor(1, looping);
         guest.offer(head);
-        guest.until(what, |disk| disk.is_broken());
+        guest.until_disk(what, |disk| disk.is_broken());
         assert!(!guest.disk.is_reset());
         guest.disk.reset();
-        guest.until("let go", |disk| disk.is_reset());
+        guest.until_disk("let go", |disk| disk.is_reset());
         assert!(!guest.disk.is_broken(), "{what}");
         guest.start();
         assert_eq!(guest.request(0, 9, &[(DATA, 512, true)]), (513, 0), "after {what}");
     }
     guest.skip(SIZE);
     guest.offer(0);
-    guest.until("an index too far ahead", |disk| disk.is_broken());
+    guest.until_disk("an index too far ahead", |disk| disk.is_broken());
 }
 
-#[test]
-fn a_file_that_becomes_shorter_is_an_error_of_the_request() {
-    let mut guest = Guest::with("");
+fn a_file_that_becomes_shorter_is_an_error_of_the_request(aio: &str) {
+    let mut guest = Guest::with(aio, "");
     guest.file.as_file().set_len(512).unwrap();
     assert_eq!(guest.request(0, 0, &[(DATA, 1024, true)]), (0, 1));
     assert_eq!(guest.request(0, 0, &[(DATA, 512, true)]), (513, 0));
 }
 
-#[test]
-fn two_machines_do_not_share_a_disk_that_one_of_them_writes() {
-    let guest = Guest::with("");
+fn two_machines_do_not_share_a_disk_that_one_of_them_writes(aio: &str) {
+    let guest = Guest::with(aio, "");
     let disk = |path: &std::path::Path, keys: &str| {
         let text = format!("[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\npath = {path:?}\n{keys}");
         Image::open(&Config::parse(&text, std::path::Path::new("vm.toml")).unwrap().disk[0])
@@ -252,7 +272,11 @@ fn two_machines_do_not_share_a_disk_that_one_of_them_writes() {
     for keys in ["", "read_only = true"] {
         assert!(matches!(disk(guest.file.path(), keys), Err(DiskError::InUse(_))));
     }
-    let shared = Guest::with("read_only = true");
+    let path = guest.file.path().to_owned();
+    let Guest { file: _file, disk: first, .. } = guest;
+    drop(first);
+    disk(&path, "").unwrap();
+    let shared = Guest::with(aio, "read_only = true");
     disk(shared.file.path(), "read_only = true").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("small");
@@ -260,4 +284,81 @@ fn two_machines_do_not_share_a_disk_that_one_of_them_writes() {
     assert!(matches!(disk(&file, ""), Err(DiskError::Empty { .. })));
     assert!(matches!(disk(folder.path(), "read_only = true"), Err(DiskError::Kind(_))));
     assert!(disk(&folder.path().join("none"), "").unwrap_err().to_string().contains("truncate -s 8G"));
+}
+
+/// Offers five requests at once, which read sectors 10 to 14 to places of their own.
+fn five(guest: &mut Guest) {
+    for n in 0..5_u16 {
+        let at = DATA + 0x2000 * u64::from(n);
+        let mut header = vec![0; 8];
+        header.extend((10 + u64::from(n)).to_le_bytes());
+        guest.write(at, &header);
+        guest.write(at + 16, &[0xee; 513]);
+        guest.descriptor(3 * n, (at, 16, NEXT, 3 * n + 1));
+        guest.descriptor(3 * n + 1, (at + 16, 512, NEXT | WRITE, 3 * n + 2));
+        guest.descriptor(3 * n + 2, (at + 528, 1, WRITE, 0));
+    }
+    (0..5).for_each(|n| guest.offer(3 * n));
+}
+
+/// What came of them.
+fn five_were_read(guest: &Guest) {
+    for n in 0..5 {
+        let read = guest.read(DATA + 0x2000 * n + 16, 513);
+        assert!(read[..512].iter().all(|byte| u64::from(*byte) == 10 + n) && read[512] == 0, "request {n}");
+    }
+}
+
+fn many_requests_at_once_are_each_answered_once(aio: &str) {
+    let mut guest = Guest::with(aio, "");
+    for round in 1..=100 {
+        five(&mut guest);
+        guest.until("all are used", |driver| driver.used() == 5 * round);
+        five_were_read(&guest);
+        let mut heads: Vec<u32> = (5 * (round - 1)..5 * round).map(|n| guest.used_head(n)).collect();
+        heads.sort_unstable();
+        assert_eq!(heads, [0, 3, 6, 9, 12], "round {round}");
+    }
+    let report = &guest.disk.queue_reports()[0];
+    assert_eq!((report.requests, report.errors), (500, 0));
+}
+
+fn what_is_under_way_is_done_before_the_disk_rests_or_lets_go(aio: &str) {
+    let mut guest = Guest::with(aio, "direct = true");
+    for round in 1..=20 {
+        five(&mut guest);
+        guest.disk.lifecycle().pause();
+        guest.until_disk("it rests", |disk| disk.lifecycle().is_paused());
+        let (used, bytes) = (guest.used(), guest.read(DATA, 0xb000));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert!(guest.used() == used && guest.read(DATA, 0xb000) == bytes, "it worked while it rested");
+        guest.disk.lifecycle().resume();
+        guest.until("all are used", |driver| driver.used() == 5 * round);
+    }
+    five(&mut guest);
+    guest.disk.reset();
+    guest.until_disk("let go", |disk| disk.is_reset());
+    let bytes = guest.read(DATA, 0xb000);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert!(guest.read(DATA, 0xb000) == bytes, "it worked after it let go");
+    guest.start();
+    assert_eq!(guest.request(0, 8, &[(DATA, 4096, true)]), (4097, 0));
+}
+
+#[test]
+fn a_ring_of_the_kernels_does_what_a_disk_needs_and_nothing_else() {
+    let guest = Guest::with("threads", "read_only = true");
+    let text = format!(
+        "[vm]\nkernel = 'k'\n[[vm.disk]]\nformat = 'raw'\nread_only = true\npath = {:?}",
+        guest.file.path()
+    );
+    let config = Config::parse(&text, std::path::Path::new("vm.toml")).unwrap();
+    let image = Arc::new(Image::open(&config.disk[0]).unwrap());
+    match UnderWay::new(&image, &guest.for_rings(), 16) {
+        Ok(mut ring) => assert_eq!(ring.forbidden(), Some(libc::EACCES)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
+            println!("SKIPPED no io_uring on this machine ({error}): sysctl kernel.io_uring_disabled=0");
+        }
+        Err(error) => panic!("{error}"),
+    }
 }

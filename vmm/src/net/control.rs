@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use virtio::features;
 
 use crate::buffers::{Buffers, Request};
-use crate::worker::Serve;
+use crate::worker::{Serve, Served};
 
 /// Answers.
 const OK: u8 = 0;
@@ -117,10 +117,10 @@ impl<F: FnMut(u16) + Send + 'static> Serve for Control<F> {
         self.features = features;
     }
 
-    fn serve(&mut self, request: Request<'_>) -> Option<u32> {
+    fn serve(&mut self, request: Request<'_>) -> Served {
         let Request { readable, mut writable } = request;
         let answer = if self.command(readable).is_some() { OK } else { ERROR };
-        Some(writable.write(&[answer]))
+        Served::Done(writable.write(&[answer]))
     }
 }
 

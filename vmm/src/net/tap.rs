@@ -19,7 +19,7 @@ use crate::config::NetConfig;
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
-use crate::worker::{Serve, Workers};
+use crate::worker::{Serve, Served, Workers};
 
 /// Bytes of the header in front of each frame (virtio 1.3, 5.1.6), and where in it the number of buffers is.
 const HEADER: u64 = 12;
@@ -123,12 +123,12 @@ impl Serve for Server {
         }
     }
 
-    fn serve(&mut self, request: Request<'_>) -> Option<u32> {
+    fn serve(&mut self, request: Request<'_>) -> Served {
         match self.receives {
-            true => self.receive(request),
+            true => self.receive(request).map_or(Served::Kept, Served::Done),
             false => {
                 self.transmit(&request);
-                Some(0)
+                Served::Done(0)
             }
         }
     }

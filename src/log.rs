@@ -1,7 +1,6 @@
 //! What a long-running command logs, and where: to standard error, as much as asked; to the journal with its priorities.
 
 use std::io::IsTerminal;
-use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result};
 use tracing::{Event, Level, Subscriber};
@@ -21,22 +20,13 @@ pub(crate) fn start(filter: Option<&str>) -> Result<()> {
     };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let form = format::format().compact().with_target(false);
-    if is_journal() {
+    if host::program::is_journal(std::io::stderr()) {
         lines.with_ansi(false).event_format(Prioritized(form.without_time())).init();
     } else {
         let ansi = std::io::stderr().is_terminal();
         lines.with_ansi(ansi).event_format(form.with_ansi(ansi)).init();
     }
     Ok(())
-}
-
-/// Whether standard error is the journal: systemd says by device and inode which stream is (systemd.exec(5), `$JOURNAL_STREAM`), as
-/// whoever started us may have redirected it.
-fn is_journal() -> bool {
-    let said = std::env::var("JOURNAL_STREAM").ok();
-    let ours =
-        std::fs::metadata("/proc/self/fd/2").ok().map(|found| format!("{}:{}", found.dev(), found.ino()));
-    said.is_some() && said == ours
 }
 
 /// Lines that the journal files by priority (sd-daemon(3)); it knows the time itself.

@@ -1,10 +1,11 @@
-//! The running program's own code in memory.
+//! The running program: its own code in memory, and whether what it prints goes to the journal.
 //!
 //! Owns how pages of code are given back that only a program's start needed. Touches nothing but code, which is read only and comes
 //! back from its file when it is run again.
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 
 use nix::sys::mman::{MmapAdvise, madvise};
 
@@ -24,6 +25,13 @@ pub fn forget_code() -> io::Result<()> {
         let _ = unsafe { madvise(code.start, code.len, MmapAdvise::MADV_DONTNEED) };
     }
     Ok(())
+}
+
+/// Whether `stream` is systemd's journal, which takes `<N>` at the start of a line for its priority: systemd says by device and inode
+/// which stream is (systemd.exec(5), `$JOURNAL_STREAM`), as whoever started us may have redirected it.
+pub fn is_journal(stream: impl AsFd) -> bool {
+    let Ok(said) = std::env::var("JOURNAL_STREAM") else { return false };
+    nix::sys::stat::fstat(stream).is_ok_and(|found| said == format!("{}:{}", found.st_dev, found.st_ino))
 }
 
 /// A mapping of code.

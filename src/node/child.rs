@@ -112,7 +112,7 @@ impl Child {
         // Ctrl-C is for the supervisor, who ends its children in order.
         command.stdin(Stdio::null()).process_group(0);
         // Under systemd everything goes to the journal.
-        if std::env::var_os("JOURNAL_STREAM").is_none() {
+        if !host::program::is_journal(io::stderr()) {
             let log = self.log()?;
             command.stdout(log.try_clone()?).stderr(log);
         }

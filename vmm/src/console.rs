@@ -12,10 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use host::program::is_journal;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::config::SerialTo;
+use crate::journal::JournalLines;
 use crate::machine::Event;
 use crate::scrollback::Scrollback;
 use crate::terminal::RawTerminal;
@@ -69,6 +71,7 @@ impl Console {
     pub(crate) fn open(to: &SerialTo, scrollback: &Arc<Scrollback>) -> io::Result<Option<(Self, Output)>> {
         let sink: Box<dyn Write + Send> = match to {
             SerialTo::Off => return Ok(None),
+            SerialTo::Stdio if is_journal(io::stdout()) => Box::new(JournalLines::new(io::stdout())),
             SerialTo::Stdio => Box::new(io::stdout()),
             SerialTo::File(path) => Box::new(create(path)?),
         };

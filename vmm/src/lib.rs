@@ -12,6 +12,7 @@ pub mod control;
 mod device;
 mod disk;
 mod interrupts;
+mod journal;
 mod layout;
 pub mod life;
 mod lifecycle;

@@ -54,7 +54,19 @@ pub struct Answer<T> {
 /// # Errors
 /// There is no answer, or it is no.
 pub fn get<T: DeserializeOwned>(door: &Door, path: &str) -> Result<Answer<T>, ClientError> {
-    ask(door, Method::GET, path, Bytes::new())
+    ask(door, Method::GET, path, Bytes::new(), ANSWER_TIME)
+}
+
+/// Asks for `path`, and waits so long and no longer: for who asks many, of which one may hang.
+///
+/// # Errors
+/// There is no answer in time, or it is no.
+pub fn get_within<T: DeserializeOwned>(
+    door: &Door,
+    path: &str,
+    patience: Duration,
+) -> Result<Answer<T>, ClientError> {
+    ask(door, Method::GET, path, Bytes::new(), patience)
 }
 
 /// Tells it to do `path` (`/v1/reload`).
@@ -62,7 +74,7 @@ pub fn get<T: DeserializeOwned>(door: &Door, path: &str) -> Result<Answer<T>, Cl
 /// # Errors
 /// There is no answer, or it is no.
 pub fn post<T: DeserializeOwned>(door: &Door, path: &str) -> Result<Answer<T>, ClientError> {
-    ask(door, Method::POST, path, Bytes::new())
+    ask(door, Method::POST, path, Bytes::new(), ANSWER_TIME)
 }
 
 /// Gives `path` these bytes.
@@ -74,7 +86,7 @@ pub fn post_bytes<T: DeserializeOwned>(
     path: &str,
     bytes: &[u8],
 ) -> Result<Answer<T>, ClientError> {
-    ask(door, Method::POST, path, Bytes::copy_from_slice(bytes))
+    ask(door, Method::POST, path, Bytes::copy_from_slice(bytes), ANSWER_TIME)
 }
 
 /// Tells it to end `path` (`/v1/captures/7`).
@@ -82,7 +94,7 @@ pub fn post_bytes<T: DeserializeOwned>(
 /// # Errors
 /// There is no answer, or it is no.
 pub fn delete<T: DeserializeOwned>(door: &Door, path: &str) -> Result<Answer<T>, ClientError> {
-    ask(door, Method::DELETE, path, Bytes::new())
+    ask(door, Method::DELETE, path, Bytes::new(), ANSWER_TIME)
 }
 
 /// Asks for `path` where the answer is no text (`/v1/captures/7`).
@@ -90,7 +102,7 @@ pub fn delete<T: DeserializeOwned>(door: &Door, path: &str) -> Result<Answer<T>,
 /// # Errors
 /// There is no answer, or it is no.
 pub fn get_bytes(door: &Door, path: &str) -> Result<Bytes, ClientError> {
-    Ok(answer(door, Method::GET, path, Bytes::new())?.1)
+    Ok(answer(door, Method::GET, path, Bytes::new(), ANSWER_TIME)?.1)
 }
 
 /// The same, with the number that the header `name` of the answer has.
@@ -98,7 +110,7 @@ pub fn get_bytes(door: &Door, path: &str) -> Result<Bytes, ClientError> {
 /// # Errors
 /// There is no answer, or it is no, or has no such header.
 pub fn get_bytes_at(door: &Door, path: &str, name: &str) -> Result<(u64, Bytes), ClientError> {
-    let (headers, body) = answer(door, Method::GET, path, Bytes::new())?;
+    let (headers, body) = answer(door, Method::GET, path, Bytes::new(), ANSWER_TIME)?;
     let number = headers.get(name).and_then(|value| value.to_str().ok()?.parse().ok());
     let number = number.ok_or_else(|| broken(door, format!("the answer has no {name}")))?;
     Ok((number, body))
@@ -113,8 +125,9 @@ fn ask<T: DeserializeOwned>(
     method: Method,
     path: &str,
     bytes: Bytes,
+    patience: Duration,
 ) -> Result<Answer<T>, ClientError> {
-    let (_, body) = answer(door, method, path, bytes)?;
+    let (_, body) = answer(door, method, path, bytes, patience)?;
     let json =
         String::from_utf8(body.into()).map_err(|_| broken(door, "the answer is not text".to_owned()))?;
     let value = serde_json::from_str(&json)
@@ -123,13 +136,19 @@ fn ask<T: DeserializeOwned>(
 }
 
 /// Headers and body of an answer that is a success.
-fn answer(door: &Door, method: Method, path: &str, bytes: Bytes) -> Result<(HeaderMap, Bytes), ClientError> {
+fn answer(
+    door: &Door,
+    method: Method,
+    path: &str,
+    bytes: Bytes,
+    patience: Duration,
+) -> Result<(HeaderMap, Bytes), ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| broken(door, error.to_string()))?;
     let conversation =
-        async { tokio::time::timeout(ANSWER_TIME, converse(&door.socket, method, path, bytes)).await };
+        async { tokio::time::timeout(patience, converse(&door.socket, method, path, bytes)).await };
     let (status, headers, body) = match runtime.block_on(conversation) {
-        Err(_) => return Err(broken(door, format!("no answer within {} s", ANSWER_TIME.as_secs()))),
+        Err(_) => return Err(broken(door, format!("no answer within {} s", patience.as_secs()))),
         Ok(Err(Failed::Connect(error))) => {
             return Err(match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {

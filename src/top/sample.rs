@@ -1,18 +1,24 @@
-//! What there is at one moment: times of cores and threads from /proc, counters from the switch.
+//! What there is at one moment: times of cores and threads from /proc, counters from the control sockets of the switch and of
+//! virtual machines.
 //!
-//! Reads only. A process or thread that ends meanwhile is left out.
+//! Reads and asks only. A process or thread that ends meanwhile is left out; one that does not answer is not waited for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use control::client;
 use switch::control::door;
 use switch::control::report::{PortsReport, StatsReport, SwitchInfo};
+use vmm::control::report::MachineInfo;
 
 /// The commands of `cableway vm` that ask.
 const ASK: [&str; 9] = ["list", "info", "pause", "resume", "reboot", "shutdown", "kill", "console", "events"];
+
+/// How long machines may take to answer, all together: a stopped one must not stop who looks.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Everything at one moment.
 pub(super) struct Sample {
@@ -46,8 +52,8 @@ pub(super) struct Process {
     /// `switch`, or the machine's name.
     pub(super) name: String,
     pub(super) is_machine: bool,
-    /// Exits of its guest to KVM; `None`: debugfs is not there, or not for this user.
-    pub(super) exits: Option<u64>,
+    /// What the machine told; `None`: it has no control socket, or does not answer.
+    pub(super) told: Option<MachineInfo>,
     pub(super) threads: Vec<Thread>,
 }
 
@@ -70,9 +76,15 @@ impl Sample {
         let switch = ask(run_dir);
         let mut processes = Vec::new();
         if let Ok(switch) = &switch {
-            processes.push(Process::new(proc, switch.info.pid, "switch".to_owned(), false));
+            processes.push(Process::new(proc, switch.info.pid, "switch".to_owned()));
         }
-        processes.extend(machines(proc).into_iter().map(|(pid, name)| Process::new(proc, pid, name, true)));
+        let found = machines(proc);
+        let mut told = ask_machines(run_dir, &found);
+        processes.extend(found.into_iter().map(|found| {
+            let told = told.remove(&found.pid);
+            let name = told.as_ref().map_or(found.name, |told| told.name.clone());
+            Process { is_machine: true, told, ..Process::new(proc, found.pid, name) }
+        }));
         let stat = fs::read_to_string(proc.join("stat")).unwrap_or_default();
         Self { at: Instant::now(), cores: cores(&stat), switch, processes }
     }
@@ -102,22 +114,58 @@ fn cores(stat: &str) -> BTreeMap<u32, CoreTimes> {
     stat.lines().filter_map(core).collect()
 }
 
+/// A machine as its command line tells it.
+#[derive(Debug, PartialEq)]
+struct Found {
+    pid: u32,
+    name: String,
+    /// Where its control socket is, unless where they are by default.
+    run_dir: Option<PathBuf>,
+}
+
 /// Virtual machines of this machine, whoever started them.
-fn machines(proc: &Path) -> Vec<(u32, String)> {
+fn machines(proc: &Path) -> Vec<Found> {
     let mut found = Vec::new();
     for entry in fs::read_dir(proc).into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if let Some(name) = machine_of(&words) {
-            found.push((pid, name));
+        if let Some((name, run_dir)) = machine_of(&words) {
+            let run_dir =
+                run_dir.map(|dir| fs::read_link(entry.path().join("cwd")).unwrap_or_default().join(dir));
+            found.push(Found { pid, name, run_dir });
         }
     }
-    found.sort_unstable();
+    found.sort_unstable_by_key(|found| found.pid);
     found
 }
 
-/// The name of the machine that a process runs, by its command line.
-fn machine_of(words: &[u8]) -> Option<String> {
+/// What machines say of themselves, by their processes: those of `run_dir`, of the default one, and wherever else `found` are.
+fn ask_machines(run_dir: &Path, found: &[Found]) -> BTreeMap<u32, MachineInfo> {
+    if found.is_empty() {
+        return BTreeMap::new();
+    }
+    let mut dirs: BTreeSet<PathBuf> = found.iter().filter_map(|found| found.run_dir.clone()).collect();
+    dirs.insert(run_dir.to_owned());
+    dirs.extend(control::run_dir_of_client(None));
+    let (answers, come) = mpsc::channel();
+    for dir in dirs {
+        for name in vmm::control::names(&dir).unwrap_or_default() {
+            let (answers, door) = (answers.clone(), vmm::control::door(&dir, &name));
+            let ask = move || answers.send(client::get_within::<MachineInfo>(&door, "/v1/vm", PATIENCE));
+            let _ = std::thread::Builder::new().spawn(ask);
+        }
+    }
+    drop(answers);
+    let mut told = BTreeMap::new();
+    let end = Instant::now() + PATIENCE;
+    while let Ok(answer) = come.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        told.extend(answer.ok().map(|answer| (answer.value.pid, answer.value)));
+    }
+    told
+}
+
+/// The name of the machine that a process runs, by its command line, and the run directory that it names.
+fn machine_of(words: &[u8]) -> Option<(String, Option<PathBuf>)> {
     let words: Vec<_> = words.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
     let program = Path::new(words.first()?.as_ref()).file_name()?.to_str()?.to_owned();
     // Commands that ask a machine end at once; none has a configuration as its first word.
@@ -129,11 +177,13 @@ fn machine_of(words: &[u8]) -> Option<String> {
     let stem =
         || file.and_then(|file| Some(Path::new(file.as_ref()).file_stem()?.to_string_lossy().into_owned()));
     let given = behind("--vm").or_else(|| behind("--name")).map(ToString::to_string);
-    given.or_else(stem).or_else(|| Some("vm".to_owned()))
+    let name = given.or_else(stem).unwrap_or_else(|| "vm".to_owned());
+    Some((name, behind("--run-dir").map(|dir| PathBuf::from(dir.as_ref()))))
 }
 
 impl Process {
-    fn new(proc: &Path, pid: u32, name: String, is_machine: bool) -> Self {
+    /// A process that is no machine.
+    fn new(proc: &Path, pid: u32, name: String) -> Self {
         let tasks = fs::read_dir(proc.join(pid.to_string()).join("task")).into_iter().flatten().flatten();
         let thread = |task: fs::DirEntry| {
             let id = task.file_name().to_str()?.parse().ok()?;
@@ -143,8 +193,7 @@ impl Process {
         };
         let mut threads: Vec<_> = tasks.filter_map(thread).collect();
         threads.sort_by_key(|thread: &Thread| thread.id);
-        let exits = if is_machine { exits(Path::new("/sys/kernel/debug/kvm"), pid) } else { None };
-        Self { pid, name, is_machine, exits, threads }
+        Self { pid, name, is_machine: false, told: None, threads }
     }
 }
 
@@ -156,14 +205,6 @@ fn thread(id: u32, stat: &str, times: &str) -> Option<Thread> {
     let mut times = times.split_whitespace().map(str::parse);
     let (ran, waited) = (times.next()?.ok()?, times.next()?.ok()?);
     Some(Thread { id, name, core, ran, waited })
-}
-
-/// Exits of the guest of process `pid`: KVM counts them in a folder that is called PID-DESCRIPTOR.
-fn exits(kvm: &Path, pid: u32) -> Option<u64> {
-    let begin = format!("{pid}-");
-    let mut folders = fs::read_dir(kvm).ok()?.flatten();
-    let folder = folders.find(|folder| folder.file_name().to_string_lossy().starts_with(&begin))?;
-    fs::read_to_string(folder.path().join("exits")).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -189,10 +230,14 @@ mod tests {
 
     #[test]
     fn a_machine_is_known_by_its_command_line() {
-        let of = |words: &str| machine_of(words.replace(' ', "\0").as_bytes());
+        let read = |words: &str| machine_of(words.replace(' ', "\0").as_bytes());
+        let of = |words: &str| read(words).map(|(name, _)| name);
         assert_eq!(of("/usr/bin/cableway vm node.toml --vm fw").as_deref(), Some("fw"));
         assert_eq!(of("cableway vm /etc/web.toml").as_deref(), Some("web"));
         assert_eq!(of("cableway vm --kernel k --name db").as_deref(), Some("db"));
+        let dir = |words: &str| read(words).unwrap().1;
+        assert_eq!(dir("cableway vm node.toml --vm fw --run-dir /run/x"), Some("/run/x".into()));
+        assert_eq!(dir("cableway vm node.toml --vm fw"), None);
         assert_eq!(of("cableway vm console fw"), None);
         assert_eq!(of("cableway switch vm"), None);
         assert_eq!(of(""), None);

@@ -9,7 +9,7 @@ use ratatui::style::{Modifier, Style, Stylize};
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Block, Clear, Paragraph, Row, Sparkline, Table};
 
-use super::view::{MACHINE_HEADER, PORT_HEADER, Port, View, percent};
+use super::view::{MACHINE_HEADER, PORT_HEADER, Port, View, micros, percent};
 
 /// How many past values the sparkline has.
 const PAST: usize = 240;
@@ -22,10 +22,11 @@ Waited    time that workers were ready to run and the kernel ran something
           else on their core, each second: delay that frames see
 Ports     rates as the switch counts them: in is what came from the port
 Machines  steal is time that vCPUs were ready and had to wait for a core;
-          exits need debugfs (mount -t debugfs none /sys/kernel/debug)
+          exits are those to `cableway vm`, with why: what KVM does by
+          itself is not among them
 
-F6 s  next order of the ports      ↑ ↓ PgUp PgDn Home  ports and machines
-Space pause    F1 ? h  this page    F10 q Esc Ctrl-C  quit";
+F6 s  next order of the ports     ↑ ↓ PgUp PgDn Home End  ports and machines
+Space Z  pause    F1 ? h  this page    F10 q Esc Ctrl-C  quit";
 
 /// Order of the ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +65,7 @@ impl Screen {
             KeyCode::Esc if self.help => self.help = false,
             KeyCode::Char('q') | KeyCode::F(10) | KeyCode::Esc => return true,
             KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.help = !self.help,
-            KeyCode::Char(' ') => self.paused = !self.paused,
+            KeyCode::Char(' ' | 'Z') => self.paused = !self.paused,
             KeyCode::Char('s') | KeyCode::F(6) => {
                 self.sort = match self.sort {
                     Sort::File => Sort::Rate,
@@ -78,6 +79,7 @@ impl Screen {
             KeyCode::PageUp => self.first = self.first.saturating_sub(10),
             KeyCode::PageDown => self.first = self.first.saturating_add(10),
             KeyCode::Home => self.first = 0,
+            KeyCode::End => self.first = usize::MAX,
             _ => {}
         }
         false
@@ -112,7 +114,9 @@ impl Screen {
         frame.render_widget(Table::new(rows, widths).header(header), worker_area);
 
         let [label, line] = Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(spark);
-        let text = format!("workers waited for their cores: {:.0} µs of the last second", view.waited_us());
+        let most = self.waited.iter().max().copied().unwrap_or(0);
+        let (now, most) = (micros(view.waited_us()), micros(most as f64));
+        let text = format!("latency: workers waited for their cores {now} of the last second, at most {most}");
         frame.render_widget(Line::from(text).style(header_style()), label);
         let wide = usize::from(line.width);
         let shown: Vec<u64> = self.waited.iter().rev().take(wide).rev().copied().collect();
@@ -132,7 +136,8 @@ impl Screen {
         } else {
             let header = Row::new(MACHINE_HEADER).style(header_style());
             let rows = view.machines.iter().skip(self.first).map(|machine| Row::new(machine.cells()));
-            let widths = [16, 10, 8, 8, 8, 10].map(Constraint::Length);
+            let widths =
+                [16, 13, 8, 6, 7, 7, 10].map(Constraint::Length).into_iter().chain([Constraint::Min(10)]);
             frame.render_widget(Table::new(rows, widths).header(header), machine_area);
         }
         frame.render_widget(Line::from(KEYS).style(header_style()), keys);
@@ -213,10 +218,12 @@ mod tests {
             machines: vec![Machine {
                 name: "fw".to_owned(),
                 pid: 77,
+                state: Some("running".to_owned()),
                 vcpus: 2,
                 busy: 120.0,
                 steal: 4.0,
-                exits_per_s: None,
+                exits_per_s: Some(1_500.0),
+                exits: BTreeMap::from([("halt".to_owned(), 1.0), ("mmio_write".to_owned(), 1_499.0)]),
             }],
         }
     }
@@ -243,7 +250,8 @@ mod tests {
             "█",
             "1 Mpps",
             "receiver_full 9 pps",
-            "fw               77",
+            "fw               running       77",
+            "mmio_write 1.5 k/s, halt 1 /s",
             "F10 q Quit",
         ] {
             assert!(text.contains(wanted), "{wanted} is not in\n{text}");

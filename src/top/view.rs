@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 use switch::control::report::{PortStats, StatsReport};
+use vmm::control::report::VcpuReport;
 
 use super::sample::{Process, Sample, Switch, Thread};
 use crate::output::{self, rate};
@@ -75,13 +76,17 @@ pub(super) struct Port {
 pub(super) struct Machine {
     pub(super) name: String,
     pub(super) pid: u32,
+    /// What it says that it does; absent if it does not say.
+    pub(super) state: Option<String>,
     pub(super) vcpus: usize,
     /// Time that its vCPUs ran, per cent of one core.
     pub(super) busy: f64,
     /// Time that its vCPUs were ready to run and had to wait for a core, per cent: what its guest sees as steal.
     pub(super) steal: f64,
-    /// Exits to KVM; absent without debugfs.
+    /// How often its vCPUs left the guest for `cableway vm`; what KVM does by itself is not among it. Absent if it does not say.
     pub(super) exits_per_s: Option<f64>,
+    /// The same, by reason.
+    pub(super) exits: BTreeMap<String, f64>,
 }
 
 impl View {
@@ -119,23 +124,8 @@ impl View {
                 runs,
             }
         });
-        let machines = now.processes.iter().filter(|process| process.is_machine).map(|process| {
-            let old = old_process(process.pid);
-            let vcpus = process.threads.iter().filter(|thread| is_vcpu(thread));
-            let spent: Vec<_> = vcpus.map(|thread| spent(old, thread)).collect();
-            let sum = |of: fn(&(u64, u64)) -> u64| spent.iter().map(of).sum::<u64>() as f64 / seconds / 1e7;
-            let old_exits = old.and_then(|old| old.exits);
-            Machine {
-                name: process.name.clone(),
-                pid: process.pid,
-                vcpus: spent.len(),
-                busy: sum(|spent| spent.0),
-                steal: sum(|spent| spent.1),
-                exits_per_s: process
-                    .exits
-                    .map(|exits| exits.saturating_sub(old_exits.unwrap_or(exits)) as f64 / seconds),
-            }
-        });
+        let machines = now.processes.iter().filter(|process| process.is_machine);
+        let machines = machines.map(|process| Machine::between(old_process(process.pid), process, seconds));
         let mut view = Self {
             seconds,
             switch: now.switch.as_ref().ok().map(|switch| switch.info.config.clone()),
@@ -238,7 +228,7 @@ impl View {
         if self.machines.is_empty() {
             return text + "no virtual machine of ours runs\n";
         }
-        let mut table = output::table(&MACHINE_HEADER, &[1, 2, 3, 4, 5]);
+        let mut table = output::table(&MACHINE_HEADER, &[2, 3, 4, 5, 6]);
         for machine in &self.machines {
             table.add_row(machine.cells());
         }
@@ -249,7 +239,8 @@ impl View {
 
 pub(super) const PORT_HEADER: [&str; 8] =
     ["port", "state", "in", "in bits", "out", "out bits", "dropped", "why"];
-pub(super) const MACHINE_HEADER: [&str; 6] = ["machine", "process", "vCPUs", "busy", "steal", "exits"];
+pub(super) const MACHINE_HEADER: [&str; 8] =
+    ["machine", "state", "process", "vCPUs", "busy", "steal", "exits", "why"];
 
 impl Core {
     /// What runs there, the busiest first.
@@ -265,7 +256,7 @@ impl Worker {
             format!("core {}", self.core),
             self.busy.map_or_else(|| "-".to_owned(), percent),
             rate(self.frames_per_s, "pps"),
-            self.waited_us_per_s.map_or_else(|| "-".to_owned(), |us| format!("{us:.0} µs/s")),
+            self.waited_us_per_s.map_or_else(|| "-".to_owned(), |us| micros(us) + "/s"),
         ]
     }
 }
@@ -288,16 +279,70 @@ impl Port {
 }
 
 impl Machine {
-    pub(super) fn cells(&self) -> [String; 6] {
+    /// What the machine of `now` did since `old`: as it tells, or as the threads of its vCPUs show.
+    fn between(old: Option<&Process>, now: &Process, seconds: f64) -> Self {
+        let (was, is) = (old.and_then(|old| old.told.as_ref()), now.told.as_ref());
+        // A guest that booted again counts from zero.
+        let was = was.filter(|was| is.is_some_and(|is| is.boots == was.boots));
+        let before =
+            |vcpu: &VcpuReport| was.and_then(|was| was.vcpus.iter().find(|old| old.number == vcpu.number));
+        let spent: Vec<(u64, u64)> = match is {
+            Some(is) => is
+                .vcpus
+                .iter()
+                .map(|vcpu| {
+                    let (ran, steal) =
+                        before(vcpu).map_or((vcpu.ran_ns, vcpu.steal_ns), |old| (old.ran_ns, old.steal_ns));
+                    (vcpu.ran_ns.saturating_sub(ran), vcpu.steal_ns.saturating_sub(steal))
+                })
+                .collect(),
+            None => {
+                now.threads.iter().filter(|thread| is_vcpu(thread)).map(|thread| spent(old, thread)).collect()
+            }
+        };
+        let sum = |of: fn(&(u64, u64)) -> u64| spent.iter().map(of).sum::<u64>() as f64 / seconds / 1e7;
+        let mut exits: BTreeMap<String, f64> = BTreeMap::new();
+        for vcpu in is.iter().flat_map(|is| &is.vcpus) {
+            let Some(old) = before(vcpu) else { continue };
+            for (reason, count) in &vcpu.exits {
+                let count = count.saturating_sub(old.exits.get(reason).copied().unwrap_or(0));
+                if count > 0 {
+                    *exits.entry(reason.clone()).or_default() += count as f64 / seconds;
+                }
+            }
+        }
+        Self {
+            name: now.name.clone(),
+            pid: now.pid,
+            state: is.map(|is| is.state.word().to_owned()),
+            vcpus: spent.len(),
+            busy: sum(|spent| spent.0),
+            steal: sum(|spent| spent.1),
+            exits_per_s: is.map(|_| exits.values().sum::<f64>() + 0.0),
+            exits,
+        }
+    }
+
+    pub(super) fn cells(&self) -> [String; 8] {
+        let mut why: Vec<_> = self.exits.iter().collect();
+        why.sort_by(|a, b| b.1.total_cmp(a.1));
+        let why: Vec<_> =
+            why.iter().map(|(reason, exits)| format!("{reason} {}", rate(**exits, "/s"))).collect();
         [
             self.name.clone(),
+            self.state.clone().unwrap_or_else(|| "-".to_owned()),
             self.pid.to_string(),
             self.vcpus.to_string(),
             percent(self.busy),
             percent(self.steal),
             self.exits_per_s.map_or_else(|| "-".to_owned(), |exits| rate(exits, "/s")),
+            why.join(", "),
         ]
     }
+}
+
+pub(super) fn micros(us: f64) -> String {
+    if us < 10_000.0 { format!("{us:.0} µs") } else { format!("{:.0} ms", us / 1e3) }
 }
 
 pub(super) fn percent(share: f64) -> String {

@@ -207,6 +207,7 @@ mod tests {
             physical: None,
             virtuals: Vec::new(),
             most_virtuals: None,
+            virtual_distances: None,
         };
         let say = |card: &Function| obstacle(root.path(), card);
         assert_eq!(say(&card).unwrap(), "no driver for 8086:1234");

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use host::pci::{Bdf, bind};
+use host::pci::{self, Bdf, bind};
 use host::tune::{self, Effect};
 use host::{huge_pool, topology};
 use serde::{Deserialize, Serialize};
@@ -93,8 +93,8 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
     steps.extend(node.host.tuning.clone().and_then(tune));
     for nic in &node.nics {
         let (bdf, force, count) = (nic.device, nic.force, nic.vfs);
-        let Some(function) = host::pci::find(root, bdf) else { continue };
-        if nic.bind && function.driver.as_deref() != Some("vfio-pci") {
+        let Some(function) = pci::find(root, bdf) else { continue };
+        if nic.bind && function.driver.as_deref() != Some(pci::VFIO) {
             let driver = function.driver.clone().unwrap_or_else(|| "no driver".to_owned());
             steps.push(Step {
                 change: Change::Bound { device: bdf.to_string() },
@@ -107,14 +107,36 @@ pub(super) fn steps(node: &Node) -> Vec<Step> {
         }
         // Behind that: functions are whose the card is, and a card with functions does not change hands.
         if let Some(count) = count.filter(|count| function.virtuals.len() != usize::from(*count)) {
+            let where_they_are: Vec<Bdf> =
+                (0..count).filter_map(|number| function.virtual_at(number)).collect();
             steps.push(Step {
                 change: Change::Virtuals { device: bdf.to_string() },
-                what: format!("make {count} virtual functions of {bdf}"),
+                what: format!("make {count} virtual functions of {bdf}: {}", pci::listed(&where_they_are)),
                 make: Box::new(move || Ok(bind::set_virtuals(root, bdf, count)?)),
             });
         }
+        // Those of a card that is with vfio-pci are with it from the start.
+        if !nic.bind {
+            let wanted = node.machines.iter().flat_map(|machine| &machine.pci).map(|passed| passed.device);
+            let of_card = |bdf: &Bdf| (0..count.unwrap_or(0)).any(|n| function.virtual_at(n) == Some(*bdf));
+            steps.extend(wanted.filter(of_card).filter_map(take_virtual));
+        }
     }
     steps
+}
+
+/// Binds a virtual function for a machine, which need not be there yet.
+fn take_virtual(bdf: Bdf) -> Option<Step> {
+    let root = Path::new("/");
+    let driver = pci::find(root, bdf).and_then(|function| function.driver);
+    (driver.as_deref() != Some(pci::VFIO)).then(|| Step {
+        change: Change::Bound { device: bdf.to_string() },
+        what: format!("bind {bdf} to vfio-pci, for its machine"),
+        make: Box::new(move || {
+            bind::bind(root, &bind::check(root, bdf, &[bdf], false)?)?;
+            Ok(())
+        }),
+    })
 }
 
 /// Sets knobs, if any has to be.

@@ -265,7 +265,7 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
         self.names(&machines);
         self.cores(switch.as_ref(), &machines);
         self.sockets(switch.as_ref(), &machines);
-        self.functions(switch.as_ref(), &planned.cards, &machines);
+        self.functions(switch.as_ref(), &planned.cards, &nics, &machines);
         self.addresses(&machines);
         self.pages(&host, &machines);
         for machine in &machines {
@@ -391,7 +391,7 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
     }
 
     /// The tables of a list, each with the place of its header.
-    fn tables(&mut self, name: &str) -> Vec<(Range<usize>, &'a DeTable<'d>)> {
+    pub(super) fn tables(&mut self, name: &str) -> Vec<(Range<usize>, &'a DeTable<'d>)> {
         match self.document.get_key_value(name).map(|(key, value)| (key, value.get_ref())) {
             None => Vec::new(),
             Some((_, DeValue::Array(tables))) if tables.iter().all(|table| table.get_ref().is_table()) => {

@@ -15,6 +15,8 @@ use settings::values::CoreNumber;
 use settings::{DeTable, DeValue, Fill, Problems, Spanned, keys, nested};
 use switch::config::Decide;
 
+use super::virtuals;
+
 keys! {
     /// `cores = { … }` in `[host]`.
     CoresKeys in "`cores`" {
@@ -96,6 +98,14 @@ impl Planner {
     }
 
     pub(super) fn decide(&self, document: &DeTable<'_>, problems: &mut Problems<'_>) -> Decided {
+        let mut decided = self.decide_cores(document, problems);
+        if let Ok((machine, _)) = &self.machine {
+            decided.fills.extend(virtuals::tokens(document, &machine.functions));
+        }
+        decided
+    }
+
+    fn decide_cores(&self, document: &DeTable<'_>, problems: &mut Problems<'_>) -> Decided {
         let Some(open) = Open::of(document, problems) else { return Decided::default() };
         let request = match &self.machine {
             Ok((machine, _)) => open.request(document, machine),
@@ -245,7 +255,14 @@ impl Open {
     fn fills(&self, plan: &Plan) -> Vec<Fill> {
         let mut fills = Vec::new();
         let mut fill = |table, index, key, said: &Said, cores: &[u32]| {
-            fills.push(Fill { table, index, key, value: Some(format!("{cores:?}")), at: said.at().clone() });
+            fills.push(Fill {
+                table,
+                index,
+                within: None,
+                key,
+                value: Some(format!("{cores:?}")),
+                at: said.at().clone(),
+            });
         };
         if let Some((workers, others)) = &self.switch {
             if workers.is_open(self.whole) {
@@ -273,7 +290,7 @@ impl Open {
         let mut fills = Vec::new();
         let mut leave_out = |table, index, key, said: &Said, value: Option<&str>| {
             let value = value.map(str::to_owned);
-            fills.push(Fill { table, index, key, value, at: said.at().clone() });
+            fills.push(Fill { table, index, within: None, key, value, at: said.at().clone() });
         };
         if let Some((workers, others)) = &self.switch {
             if workers.is_open(self.whole) {
@@ -392,6 +409,7 @@ mod tests {
             physical: None,
             virtuals: Vec::new(),
             most_virtuals: None,
+            virtual_distances: None,
         };
         let cores = (0..8).map(|n| (n, core(n))).collect();
         let machine = Machine { cores, nodes: (0..2).map(node).collect(), functions: vec![card] };

@@ -14,6 +14,7 @@ mod process;
 mod state;
 mod supervise;
 mod together;
+mod virtuals;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

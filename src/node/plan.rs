@@ -1,12 +1,13 @@
 //! `cableway up FILE --plan`: what would be done, core by core, page by page, device by device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::Result;
 use host::machine::Machine;
 use host::topology;
+use switch::config::Behind;
 use vmm::config::{NetBack, PageSize};
 
 use super::changes;
@@ -54,9 +55,9 @@ pub(super) fn text(node: &Node) -> Result<String> {
             let behind = match &card.back {
                 NetBack::VhostUser(back) => {
                     let socket = &back.socket;
-                    let port = node.switch.ports.iter().find(|port| {
-                        matches!(&port.behind, switch::config::Behind::VhostUser { socket: s, .. } if s == socket)
-                    });
+                    let port = node.switch.ports.iter().find(
+                        |port| matches!(&port.behind, Behind::VhostUser { socket: s, .. } if s == socket),
+                    );
                     port.map_or_else(|| socket.display().to_string(), |port| format!("port {}", port.name))
                 }
                 NetBack::Tap(device) => format!("tap {device}"),
@@ -159,6 +160,7 @@ fn notes(node: &Node) -> Vec<String> {
             }
         }
     }
+    notes.extend(far_workers(node, root));
     // Two that poll on the threads of one core halve each other.
     let busy: Vec<u32> = node
         .machines
@@ -177,4 +179,36 @@ fn notes(node: &Node) -> Vec<String> {
         }
     }
     notes
+}
+
+/// Cards and machines' memory on memory nodes that have cores, and no worker: each frame crosses over.
+fn far_workers(node: &Node, root: &Path) -> Vec<String> {
+    let workers = &node.switch.switch.workers;
+    let nodes: BTreeSet<u32> =
+        workers.iter().filter_map(|core| topology::node_of_core(root, *core)).collect();
+    if nodes.is_empty() {
+        return Vec::new();
+    }
+    let mut far = Vec::new();
+    for port in &node.switch.ports {
+        let Behind::Nic { bdf, .. } = &port.behind else { continue };
+        let near = host::pci::find(root, *bdf).and_then(|function| function.node);
+        far.extend(near.filter(|near| !nodes.contains(near)).map(|near| (format!("card {bdf}"), near)));
+    }
+    for machine in node.machines.iter().filter(|machine| !machine.net.is_empty()) {
+        let hosts = machine.host_nodes();
+        if let (Some(first), true) = (hosts.first(), hosts.iter().all(|host| !nodes.contains(host))) {
+            far.push((format!("the memory of machine {}", machine.name), *first));
+        }
+    }
+    let on: Vec<_> = nodes.iter().map(u32::to_string).collect();
+    let on = on.join(" and ");
+    far.into_iter()
+        .map(|(what, near)| {
+            format!(
+                "{what} is on memory node {near}, the workers on {on}; every frame crosses over: name cores of node {near} in `workers`, or \
+                 leave them to `workers = \"auto\"`"
+            )
+        })
+        .collect()
 }

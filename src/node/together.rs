@@ -6,14 +6,15 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use host::memory::Pages;
-use host::pci::Bdf;
+use host::pci::{self, Bdf};
 use host::topology::{self, HugePool};
-use settings::list;
+use settings::{DeTable, list};
 use switch::config::{Behind, Side};
 use vmm::config::{NetBack, PageSize};
 
-use super::config::{Host, Machine, Pool, Reader};
+use super::config::{Host, Machine, Nic, Pool, Reader};
 use super::state::Kind;
+use super::virtuals;
 use crate::output;
 
 impl Reader<'_, '_, '_> {
@@ -122,33 +123,81 @@ impl Reader<'_, '_, '_> {
         &mut self,
         switch: Option<&switch::config::Config>,
         cards: &[Bdf],
+        nics: &[Nic],
         machines: &[Machine<'_, '_>],
     ) {
-        let ports: HashMap<Bdf, &str> = switch
-            .iter()
-            .flat_map(|switch| &switch.ports)
-            .filter_map(|port| match &port.behind {
-                Behind::Nic { bdf, .. } => Some((*bdf, port.name.as_str())),
-                _ => None,
-            })
-            .collect();
+        let found = pci::list(Path::new("/"));
+        let mut ports: HashMap<Bdf, (&str, Option<&str>)> = HashMap::new();
+        for port in switch.iter().flat_map(|switch| &switch.ports) {
+            let Behind::Nic { bdf, token, vfs, .. } = &port.behind else { continue };
+            ports.insert(*bdf, (&port.name, token.as_deref()));
+            let made = nics.iter().find(|nic| nic.device == *bdf).and_then(|nic| nic.vfs).map(usize::from);
+            let there =
+                found.iter().find(|function| function.bdf == *bdf).map(|function| function.virtuals.len());
+            let (will, wanted) = (made.or(there).unwrap_or(0), vfs.len());
+            if will < wanted && there.is_some() {
+                let of = |table: &DeTable<'_>| table.get("name")?.get_ref().as_str().map(str::to_owned);
+                let table =
+                    self.tables("port").into_iter().find(|(_, table)| of(table).as_ref() == Some(&port.name));
+                let at = table.and_then(|(_, table)| Some(table.get("vfs")?.span())).unwrap_or_default();
+                let fix = format!("`vfs = {wanted}` in its [[nic]] makes them");
+                let message =
+                    format!("`vfs` says what {wanted} virtual functions may, and {bdf} has {will}; {fix}");
+                self.problems.add(at, format!("port `{}`: {message}", port.name));
+            }
+        }
         let mut taken: HashMap<Bdf, &str> = HashMap::new();
         for machine in machines {
-            for bdf in machine.config.pci.iter().map(|function| function.device) {
-                if let Some(port) = ports.get(&bdf) {
+            for function in &machine.config.pci {
+                let bdf = function.device;
+                if let Some((port, _)) = ports.get(&bdf) {
                     let fix = "a function has one user: the switch or a machine";
                     self.add(machine, "pci", format!("{bdf} is port `{port}`'s already; {fix}"));
-                } else if let Some(other) = taken.insert(bdf, &machine.config.name) {
+                    continue;
+                }
+                if let Some(other) = taken.insert(bdf, &machine.config.name) {
                     self.add(
                         machine,
                         "pci",
                         format!("{bdf} is machine `{other}`'s already; a function has one user"),
                     );
-                } else if !cards.contains(&bdf)
+                    continue;
+                }
+                let card = virtuals::card_of(&found, bdf);
+                if let Some((port, token)) = card.and_then(|card| ports.get(&card.bdf)) {
+                    match (token, &function.vf_token) {
+                        (None, _) => self.add(
+                            machine,
+                            "pci",
+                            format!(
+                                "{bdf} is a virtual function of port `{port}`'s card: give that port a `vf_token` (uuidgen makes one)"
+                            ),
+                        ),
+                        (Some(token), Some(given)) if !given.eq_ignore_ascii_case(token) => self.add(
+                            machine,
+                            "pci",
+                            format!("`vf_token` of {bdf} is not port `{port}`'s: leave it out, it is taken from there"),
+                        ),
+                        _ => {}
+                    }
+                }
+                let made = card.is_some_and(|card| {
+                    let count =
+                        nics.iter().find(|nic| nic.device == card.bdf).and_then(|nic| nic.vfs).unwrap_or(0);
+                    (0..count).any(|number| card.virtual_at(number) == Some(bdf))
+                });
+                if !made
+                    && !cards.contains(&bdf)
                     && !self.runs(&machine.config.name)
                     && let Err(error) = host::vfio::check(Path::new("/"), bdf)
                 {
-                    self.add(machine, "pci", format!("`pci`: {error}"));
+                    let fix = card.map_or_else(String::new, |card| {
+                        format!(
+                            "; it would be a virtual function of {}: `vfs` in its [[nic]] makes some",
+                            card.bdf
+                        )
+                    });
+                    self.add(machine, "pci", format!("`pci`: {error}{fix}"));
                 }
             }
         }

@@ -142,6 +142,29 @@ fn a_node_is_brought_up_supervised_taken_over_and_brought_down() {
 }
 
 #[test]
+fn what_ends_again_and_again_waits_longer_and_longer_and_comes_back_when_its_file_is_mended() {
+    let place = Place::new(&port("a"));
+    assert!(place.up(&["--detach"]).status.success(), "{}", place.log());
+    let switch = pid(&place.switch()["pid"]);
+    // From now on it is refused at each start, at once.
+    place.write("[[port]]\nname = \"a\"\n");
+    end(switch);
+    let patience = Instant::now() + Duration::from_secs(60);
+    while !place
+        .log()
+        .contains("switch ended with status 2; it ends too often, and is started again in a while")
+    {
+        assert!(Instant::now() < patience, "{}", place.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let at_once = place.log().matches("; it is started again\n").count();
+    assert_eq!(at_once, 5, "five ends are answered at once: {}", place.log());
+    place.write(&port("a"));
+    place.await_another_switch(switch);
+    assert!(place.switch()["restarts"].as_u64().unwrap() > 5);
+}
+
+#[test]
 fn down_works_without_a_supervisor() {
     let place = Place::new(&port("a"));
     assert!(place.up(&["-d"]).status.success(), "{}", place.log());
@@ -259,7 +282,8 @@ fn every_node_of_configs_is_planned() {
         return;
     }
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for (name, devices) in [("node", 0), ("chain", 0), ("demo", 0), ("realtime", 0), ("pvp", 2)] {
+    for (name, devices) in [("node", 0), ("chain", 0), ("demo", 0), ("realtime", 0), ("pvp", 2), ("sriov", 2)]
+    {
         let place = Place::new("");
         let mut kernel = vec![0; 2048];
         kernel[0x202..0x206].copy_from_slice(b"HdrS");

@@ -26,6 +26,15 @@ pub struct Bdf {
     function: u8,
 }
 
+impl Bdf {
+    /// The address so many functions further on: of the next buses, too (PCI Express 6.0, 9.2.1.2).
+    fn further(self, by: u16) -> Option<Self> {
+        let here = u16::from(self.bus) << 8 | u16::from(self.device) << 3 | u16::from(self.function);
+        let [bus, place] = here.checked_add(by)?.to_be_bytes();
+        Some(Self { bus, device: place >> 3, function: place & 7, ..self })
+    }
+}
+
 /// Text that is not the address of a PCI function.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no PCI address such as 0000:01:00.0; `cableway nic list` shows them")]
@@ -92,6 +101,9 @@ pub struct Function {
     pub virtuals: Vec<Bdf>,
     /// How many of these it could have; none if it cannot have any.
     pub most_virtuals: Option<u16>,
+    /// How far from it the first of them is, and each from the one before it, where the kernel says (PCI Express 6.0, 9.3.3.9 and
+    /// 9.3.3.10).
+    pub virtual_distances: Option<(u16, u16)>,
 }
 
 impl Function {
@@ -103,6 +115,16 @@ impl Function {
     /// Vendor in the low half, device in the high half: as in configuration space.
     pub fn id(&self) -> u32 {
         u32::from(self.device) << 16 | u32::from(self.vendor)
+    }
+
+    /// Where its virtual function `number` is, or will be when it is made.
+    pub fn virtual_at(&self, number: u16) -> Option<Bdf> {
+        if number >= self.most_virtuals? {
+            return None;
+        }
+        let (first, apart) = self.virtual_distances?;
+        let at = number.checked_mul(apart)?.checked_add(first)?;
+        self.virtuals.get(usize::from(number)).copied().or_else(|| self.bdf.further(at))
     }
 
     /// Those of its group that keep it from being handed to a process, as they have a driver of the kernel's.
@@ -129,7 +151,8 @@ pub fn find(root: &Path, bdf: Bdf) -> Option<Function> {
     };
     let number = |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<i32>().ok();
     let link_bdf = |path: &Path| link_name(path)?.parse::<Bdf>().ok();
-    let most_virtuals = number("sriov_totalvfs").and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0);
+    let count = |file: &str| number(file).and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0);
+    let most_virtuals = count("sriov_totalvfs");
     Some(Function {
         bdf,
         vendor: hex("vendor")? as u16,
@@ -146,6 +169,8 @@ pub fn find(root: &Path, bdf: Bdf) -> Option<Function> {
             .map_while(|n| link_bdf(&folder.join(format!("virtfn{n}"))))
             .collect(),
         most_virtuals,
+        virtual_distances: count("sriov_offset")
+            .zip(number("sriov_stride").and_then(|n| u16::try_from(n).ok())),
     })
 }
 
@@ -299,6 +324,24 @@ pub(crate) mod tests {
         assert_eq!(of_interface(machine.root(), "eth0"), Some(card));
         assert_eq!(list(machine.root()).iter().map(|f| f.bdf).collect::<Vec<_>>(), [card, other, vf]);
         assert_eq!(find(machine.root(), "0000:09:00.0".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn the_address_of_a_virtual_function_is_known_before_it_is_made() {
+        let machine = Machine::new();
+        let card = machine.card("0000:01:00.0", 0x10c9, Some("igb"), Some(7));
+        let at = "sys/bus/pci/devices/0000:01:00.0";
+        let of = |number| find(machine.root(), card).unwrap().virtual_at(number).map(|bdf| bdf.to_string());
+        assert_eq!(of(0), None, "it can have none");
+        machine.file(&format!("{at}/sriov_totalvfs"), "7\n");
+        assert_eq!(of(0), None, "the kernel does not say");
+        machine.file(&format!("{at}/sriov_offset"), "128\n");
+        machine.file(&format!("{at}/sriov_stride"), "2\n");
+        assert_eq!([of(0), of(6), of(7)], [Some("0000:01:10.0".into()), Some("0000:01:11.4".into()), None]);
+        machine.file(&format!("{at}/sriov_offset"), "384\n");
+        assert_eq!(of(1).as_deref(), Some("0000:02:10.2"), "on the next bus");
+        machine.file(&format!("{at}/sriov_offset"), "65535\n");
+        assert_eq!(of(0), None, "beyond the last bus");
     }
 
     #[test]

@@ -116,7 +116,8 @@ impl Screen {
         let [label, line] = Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(spark);
         let most = self.waited.iter().max().copied().unwrap_or(0);
         let (now, most) = (micros(view.waited_us()), micros(most as f64));
-        let text = format!("latency: workers waited for their cores {now} of the last second, at most {most}");
+        let text =
+            format!("latency: workers waited for their cores {now} of the last second, at most {most}");
         frame.render_widget(Line::from(text).style(header_style()), label);
         let wide = usize::from(line.width);
         let shown: Vec<u64> = self.waited.iter().rev().take(wide).rev().copied().collect();

@@ -151,7 +151,10 @@ fn ask_machines(run_dir: &Path, found: &[Found]) -> BTreeMap<u32, MachineInfo> {
     for dir in dirs {
         for name in vmm::control::names(&dir).unwrap_or_default() {
             let (answers, door) = (answers.clone(), vmm::control::door(&dir, &name));
-            let ask = move || answers.send(client::get_within::<MachineInfo>(&door, "/v1/vm", PATIENCE));
+            let ask = move || {
+                let answer = client::get_within::<MachineInfo>(&door, "/v1/vm", PATIENCE);
+                let _ = answers.send(answer.map(|answer| answer.value));
+            };
             let _ = std::thread::Builder::new().spawn(ask);
         }
     }
@@ -159,7 +162,7 @@ fn ask_machines(run_dir: &Path, found: &[Found]) -> BTreeMap<u32, MachineInfo> {
     let mut told = BTreeMap::new();
     let end = Instant::now() + PATIENCE;
     while let Ok(answer) = come.recv_timeout(end.saturating_duration_since(Instant::now())) {
-        told.extend(answer.ok().map(|answer| (answer.value.pid, answer.value)));
+        told.extend(answer.ok().map(|told| (told.pid, told)));
     }
     told
 }

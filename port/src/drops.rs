@@ -71,6 +71,10 @@ reasons! {
     DeviceRefused = "device_refused",
     /// The network card received it with an error: a bad checksum of the wire (FCS), a damaged symbol.
     Damaged = "damaged",
+    /// Lost on purpose (`inject`).
+    Injected = "injected",
+    /// Held back on purpose (`inject`), when there was no more room for such frames or the port stopped.
+    InjectedLost = "injected_lost",
 }
 
 #[cfg(test)]

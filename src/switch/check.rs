@@ -80,7 +80,7 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
     for port in &config.ports {
         table.add_row([
             port.name.clone(),
-            behind(port),
+            behind(port) + &besides(port),
             port.vlan.to_string(),
             port.queue_pairs.to_string(),
             workers(port),
@@ -148,6 +148,13 @@ fn behind(port: &PortConfig) -> String {
         }
         Behind::Null => "throw away what goes out".to_owned(),
     }
+}
+
+/// What is done to its frames besides.
+fn besides(port: &PortConfig) -> String {
+    let inject = port.inject.map(|inject| format!(", let frames suffer ({inject})"));
+    let trace = port.trace.as_ref().map(|file| format!(", write all frames to {}", file.display()));
+    [inject, trace].into_iter().flatten().collect()
 }
 
 fn workers(port: &PortConfig) -> String {

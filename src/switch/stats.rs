@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use switch::control::report::{
-    AddressStats, DropCount, PortStats, StatsReport, SwitchInfo, WorkerState, WorkerStats,
+    AddressStats, DropCount, PortStats, StatsReport, Suffered, SwitchInfo, WorkerState, WorkerStats,
 };
 
 use crate::output::{self, grouped, rate};
@@ -79,6 +79,8 @@ pub(super) fn since_start(info: &SwitchInfo, report: &StatsReport) -> String {
     text += &drops(&report.ports);
     text += &addresses(&report.ports);
     text += &devices(&report.ports);
+    text += &suffering(&report.ports);
+    text += &traces(&report.ports);
     let totals = &report.totals;
     let (received, replicas) = (grouped(totals.received), grouped(totals.replicas));
     text + &format!(
@@ -134,6 +136,49 @@ fn devices(ports: &[PortStats]) -> String {
             any = true;
             table.add_row([&grouped(counter.count), &port.name, &counter.name]);
         }
+    }
+    if any { format!("{table}\n\n") } else { String::new() }
+}
+
+/// What frames suffer on purpose, by port and direction.
+fn suffering(ports: &[PortStats]) -> String {
+    let header =
+        ["port", "direction", "corrupted", "duplicated", "reordered", "delayed", "waiting", "inject"];
+    let mut table = output::table(&header, &[2, 3, 4, 5, 6]);
+    let mut any = false;
+    for port in ports {
+        let Some(inject) = &port.inject else { continue };
+        any = true;
+        for (direction, suffered) in [("in", &inject.rx), ("out", &inject.tx)] {
+            let Suffered { corrupted, duplicated, reordered, delayed, held } = suffered;
+            let [corrupted, duplicated, reordered, delayed, held] =
+                [corrupted, duplicated, reordered, delayed, held].map(|n| grouped(*n));
+            let faults = inject.faults.as_str();
+            table.add_row([
+                port.name.as_str(),
+                direction,
+                &corrupted,
+                &duplicated,
+                &reordered,
+                &delayed,
+                &held,
+                faults,
+            ]);
+        }
+    }
+    if any { format!("{table}\n\n") } else { String::new() }
+}
+
+/// Files that frames are written to.
+fn traces(ports: &[PortStats]) -> String {
+    let mut table = output::table(&["port", "traced", "missed", "file"], &[1, 2]);
+    let mut any = false;
+    for port in ports {
+        let Some(trace) = &port.trace else { continue };
+        any = true;
+        let ended = trace.error.as_ref().map_or_else(String::new, |why| format!(" (ended: {why})"));
+        let file = format!("{}{ended}", trace.file);
+        table.add_row([&port.name, &grouped(trace.captured), &grouped(trace.missed), &file]);
     }
     if any { format!("{table}\n\n") } else { String::new() }
 }

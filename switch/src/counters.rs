@@ -111,30 +111,40 @@ pub struct TxCounters {
     pub calls: Counter,
     /// Frames that could not be sent.
     pub drops: Drops,
-    /// Frames that found the ring held by another worker: counted by whoever does not hold it, so atomically.
-    busy: AtomicU64,
+    /// Frames that did not come as far as the ring, by reason: counted by whoever does not hold it, so atomically.
+    refused: Refused,
+}
+
+#[derive(Debug)]
+struct Refused([AtomicU64; DropReason::COUNT]);
+
+impl Default for Refused {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
 }
 
 impl TxCounters {
-    /// Counts `frames` that found the ring busy for longer than the retry budget ([`DropReason::RingBusy`]).
+    /// Counts `frames` that did not come as far as the ring, such as those that found it busy for longer than the retry budget
+    /// ([`DropReason::RingBusy`]). For anyone.
     #[cold]
-    pub(crate) fn refuse(&self, frames: u64) {
-        self.busy.fetch_add(frames, Ordering::Relaxed);
+    pub(crate) fn refuse(&self, reason: DropReason, frames: u64) {
+        if let Some(counter) = self.refused.0.get(reason as usize) {
+            counter.fetch_add(frames, Ordering::Relaxed);
+        }
     }
 
-    /// Frames that were to go out here, those that found the ring busy included.
+    /// Frames that were to go out here, those that did not come as far as the ring included.
     pub fn all_offered(&self) -> u64 {
-        self.offered.get() + self.busy.load(Ordering::Relaxed)
+        let refused: u64 = self.refused.0.iter().map(|n| n.load(Ordering::Relaxed)).sum();
+        self.offered.get() + refused
     }
 
     /// All drops by reason.
     pub fn all_drops(&self) -> Vec<(DropReason, u64)> {
-        let mut drops = self.drops.list();
-        let busy = self.busy.load(Ordering::Relaxed);
-        if busy > 0 {
-            drops.push((DropReason::RingBusy, busy));
-        }
-        drops
+        let refused = self.refused.0.iter().map(|n| n.load(Ordering::Relaxed));
+        let counted = DropReason::ALL.iter().zip(&self.drops.0).zip(refused);
+        counted.map(|((reason, n), refused)| (*reason, n.get() + refused)).filter(|(_, n)| *n > 0).collect()
     }
 }
 

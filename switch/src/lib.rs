@@ -8,6 +8,7 @@ pub mod control;
 pub mod counters;
 pub mod device_port;
 pub mod events;
+pub mod inject;
 pub mod offload;
 mod outgoing;
 pub mod plan;

@@ -96,6 +96,11 @@ impl<'b> Outgoing<'b> {
         Some(out)
     }
 
+    /// What is left undone of it.
+    pub(crate) fn offload(&self) -> Offload {
+        self.offload
+    }
+
     /// Its length in bytes.
     pub(crate) fn len(&self) -> usize {
         self.len

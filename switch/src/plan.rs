@@ -12,6 +12,7 @@ use crate::bridge::BridgePlan;
 use crate::capture::Capture;
 use crate::config::Idle;
 use crate::device_port::{DevicePort, DeviceRx};
+use crate::inject::Injections;
 use crate::vhost_port::{RxSlot, VhostPort};
 
 /// Everything a worker needs to know for a turn.
@@ -24,12 +25,28 @@ pub struct Plan {
     pub queues: Vec<Vec<Arc<RxSlot>>>,
     /// The ports that have a device of this machine behind them.
     pub devices: Devices,
-    /// Ports whose frames somebody looks at.
-    pub captures: Vec<Arc<Capture>>,
+    /// What is done to frames besides moving them; `None`, where nothing is, costs workers one look a turn.
+    pub extras: Option<Box<Extras>>,
     /// Frames taken from a queue at a time.
     pub burst: usize,
     /// What a worker does when nothing comes in.
     pub idle: Idle,
+}
+
+/// What a plan says of ports whose frames are looked at, or damaged on purpose.
+#[derive(Default)]
+pub struct Extras {
+    /// Ports whose frames somebody looks at.
+    pub captures: Vec<Arc<Capture>>,
+    /// Ports whose frames suffer.
+    pub injections: Injections,
+}
+
+impl Extras {
+    /// Nothing, if there is nothing to do.
+    pub fn any(self) -> Option<Box<Self>> {
+        (!self.captures.is_empty() || !self.injections.is_empty()).then(|| Box::new(self))
+    }
 }
 
 /// What a plan says of ports with devices. Apart from those with guests, so that these pay nothing for them.

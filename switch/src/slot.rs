@@ -21,6 +21,9 @@ pub(crate) trait Running: Sized {
     where
         Self: 'c;
 
+    /// The number of the queue whose index is this.
+    fn number(index: u16) -> usize;
+
     /// What a burst of at most `limit` frames needs, if it can be polled now.
     fn polled<'c>(
         slot: &'c RxSlot<Self>,

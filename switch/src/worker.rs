@@ -2,6 +2,8 @@
 //!
 //! Polls, never locks, never allocates, never logs. Sleeps only if told to. What varies was decided when the plan was built.
 
+mod injected;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,7 +11,7 @@ use host::cpu::rdtsc;
 use port::{Burst, BurstBuffer, FrameSet, RxQueue, Scratch, TagEdit, TxQueue};
 
 use crate::bridge::{Clock, Outputs, flow_hash};
-use crate::capture::Way;
+use crate::capture::{Capture, Way};
 use crate::claim::Owner;
 use crate::config::Idle;
 use crate::counters::WorkerCounters;
@@ -62,6 +64,8 @@ struct Tools {
     scratch: Scratch,
     /// TSC up to which the time is some queue's or somebody else's.
     spent: u64,
+    /// For frames on the lines of ports that suffer on purpose: coming in, and going out.
+    held: [BurstBuffer; 2],
 }
 
 impl WorkerShared {
@@ -94,6 +98,7 @@ impl Worker {
             outputs: Outputs::default(),
             scratch: Scratch::default(),
             spent: rdtsc(),
+            held: Default::default(),
         };
         let (version, plan) = plans.load();
         Some(Self { shared, plans, plan, version, tools, hz, second_ends: clock.cycles + hz, clock })
@@ -187,12 +192,16 @@ struct Turn {
 #[inline(always)]
 fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
     let mut done = Turn::default();
-    if !plan.captures.is_empty() {
-        turn_captured(plan, index, clock, tools, &mut done);
+    if let Some(extras) = plan.extras.as_deref() {
+        if extras.injections.is_empty() {
+            turn_captured(plan, index, clock, tools, &extras.captures, &mut done);
+        } else {
+            injected::turn(plan, extras, index, clock, tools, &mut done);
+        }
         return done;
     }
     for queue in plan.queues.get(index).map(Vec::as_slice).unwrap_or_default() {
-        poll::<_, false>(plan, queue, clock, tools, &mut done);
+        poll::<_, false>(plan, queue, clock, tools, &[], &mut done);
     }
     if !plan.devices.queues_of(index).is_empty() {
         turn_devices(plan, index, clock, tools, &mut done);
@@ -204,19 +213,26 @@ fn turn(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools) -> Turn {
 #[inline(never)]
 fn turn_devices(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools, done: &mut Turn) {
     for queue in plan.devices.queues_of(index) {
-        poll::<_, false>(plan, queue, clock, tools, done);
+        poll::<_, false>(plan, queue, clock, tools, &[], done);
     }
 }
 
 /// One look at every queue while somebody looks at frames. Apart, for the same reason.
 #[inline(never)]
-fn turn_captured(plan: &Plan, index: usize, clock: Clock, tools: &mut Tools, done: &mut Turn) {
+fn turn_captured(
+    plan: &Plan,
+    index: usize,
+    clock: Clock,
+    tools: &mut Tools,
+    captures: &[Arc<Capture>],
+    done: &mut Turn,
+) {
     let guests = plan.queues.get(index).map(Vec::as_slice).unwrap_or_default();
     for queue in guests {
-        poll::<_, true>(plan, queue, clock, tools, done);
+        poll::<_, true>(plan, queue, clock, tools, captures, done);
     }
     for queue in plan.devices.queues_of(index) {
-        poll::<_, true>(plan, queue, clock, tools, done);
+        poll::<_, true>(plan, queue, clock, tools, captures, done);
     }
 }
 
@@ -227,9 +243,10 @@ fn poll<R: Running, const CAPTURED: bool>(
     queue: &RxSlot<R>,
     clock: Clock,
     tools: &mut Tools,
+    captures: &[Arc<Capture>],
     done: &mut Turn,
 ) {
-    let Tools { owner, buffer, outputs, scratch, spent } = tools;
+    let Tools { owner, buffer, outputs, scratch, spent, .. } = tools;
     let Some(mut entered) = queue.enter(owner) else { return };
     let Some(mut polled) = queue.polled(&mut entered, plan.burst) else { return };
     let waiting = polled.ring.peek();
@@ -252,7 +269,7 @@ fn poll<R: Running, const CAPTURED: bool>(
     done.bursts += u64::from(frames > 0);
     if CAPTURED {
         let set = burst.all();
-        plan.captures.iter().for_each(|c| c.take(queue.port_number(), &burst, set, TagEdit::Keep, Way::In));
+        captures.iter().for_each(|c| c.take(queue.port_number(), &burst, set, TagEdit::Keep, Way::In));
     }
     let whole = plan.bridge.recall(queue.port_number(), &burst, clock, polled.ingress);
     if whole.is_some() {
@@ -267,7 +284,7 @@ fn poll<R: Running, const CAPTURED: bool>(
     let whole = whole.map(|(port, edit)| (port, burst.all(), edit));
     for (port, set, edit) in whole.into_iter().chain(outputs.drain()) {
         if CAPTURED {
-            plan.captures.iter().for_each(|c| c.take(port, &burst, set, edit, Way::Out));
+            captures.iter().for_each(|c| c.take(port, &burst, set, edit, Way::Out));
         }
         match &mut ahead {
             Some(tx) if port == likely => tx.send(&burst, set, edit, scratch),
@@ -345,7 +362,8 @@ fn queue_of(burst: &Burst<'_>, i: usize, active: usize) -> usize {
 #[cold]
 fn sleep(plan: &Plan, shared: &WorkerShared, owner: &mut Owner) {
     let queues = plan.queues.get(shared.index).map(Vec::as_slice).unwrap_or_default();
-    let mut pending = false;
+    // Frames that are held back are due soon.
+    let mut pending = plan.extras.as_ref().is_some_and(|extras| extras.injections.hold());
     for queue in queues {
         pending |= queue.arm(owner, &shared.sleeper);
     }

@@ -201,7 +201,7 @@ fn pass_frames(layout: Layout) {
         ports: ports.iter().cloned().map(Some).collect(),
         queues: vec![ports.iter().flat_map(|port| port.rx.iter().cloned()).collect()],
         devices: Devices::default(),
-        captures: Vec::new(),
+        extras: None,
         burst: 64,
         idle: Idle::Poll,
     };

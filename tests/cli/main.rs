@@ -11,6 +11,7 @@ mod doctor;
 mod files;
 mod front_end;
 mod image;
+mod inject;
 mod node;
 #[allow(dead_code, clippy::expect_used)] // the session tests of `vhost-user` need the rest
 #[path = "../../vhost-user/tests/session/raw.rs"]

@@ -5,6 +5,7 @@
 //! by itself. While there is none, no worker knows that there could be.
 
 mod filter;
+mod trace;
 
 use std::borrow::Cow;
 use std::io::Write;
@@ -22,6 +23,7 @@ use port::{Burst, FrameSet, TagEdit};
 use virtio::memory::copy::copy;
 
 pub use filter::Filter;
+pub(crate) use trace::{Before, Trace, Traced};
 
 use crate::claim::Claimed;
 use crate::control::report::CaptureReport;
@@ -229,7 +231,7 @@ mod tests {
     }
 
     /// A burst of copies of `bytes`, given to `capture` as frames of port 1.
-    fn take(capture: &Capture, bytes: &[u8], copies: usize, edit: TagEdit) {
+    pub(super) fn take(capture: &Capture, bytes: &[u8], copies: usize, edit: TagEdit) {
         let mut buffer = BurstBuffer::default();
         for i in 0..copies {
             let len = bytes.len() as u32;
@@ -243,7 +245,7 @@ mod tests {
         capture.take(2, &burst, burst.all(), edit, Way::Out);
     }
 
-    fn frames(file: &[u8]) -> Vec<(Vec<u8>, u32)> {
+    pub(super) fn frames(file: &[u8]) -> Vec<(Vec<u8>, u32)> {
         let mut reader = PcapNgReader::new(file).unwrap();
         let mut frames = Vec::new();
         while let Some(block) = reader.next_block() {

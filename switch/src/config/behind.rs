@@ -12,7 +12,7 @@ use settings::values::SocketName;
 
 use super::keys::PortKeys;
 use super::validate::{PortReader, value_or};
-use super::values::{Device, FeatureName};
+use super::values::{Device, FeatureName, FileName};
 use control::SOCKET_PATH_MAX;
 
 use super::{Feature, PortKind, SocketSide};
@@ -353,27 +353,30 @@ impl PortReader<'_, '_> {
             self.seen.replays.entry(path.clone()).or_insert((name.to_owned(), line));
             path
         });
-        let record = keys.record.take().map(|file| {
-            let (span, path) = (file.span(), self.run_dir.join(&file.get_ref().0));
-            if let Some((other, line)) = self.seen.records.get(&path) {
-                let message =
-                    format!("{} is written by port `{other}` on line {line} already", path.display());
-                self.problems.add(span.clone(), format!("{place}`record`: {message}"));
-            } else if replay.as_ref() == Some(&path) {
-                self.problems
-                    .add(span.clone(), format!("{place}`record`: this would empty the file to replay"));
-            } else if let Some((other, line)) = self.seen.replays.get(&path) {
-                let message = format!("this would empty the file that port `{other}` replays (line {line})");
-                self.problems.add(span.clone(), format!("{place}`record`: {message}"));
-            } else if let Err(why) = self.surroundings.writes(&path) {
-                self.problems.add(span.clone(), format!("{place}`record`: {why}"));
-            }
-            let line = self.problems.line(&span);
-            self.seen.records.entry(path.clone()).or_insert((name.to_owned(), line));
-            path
-        });
+        let record = keys.record.take().map(|file| self.written(place, name, "record", file));
         let rate = keys.rate.take().map(|rate| rate.into_inner().get());
         Some(PcapOptions { replay, rate, repeat: value_or(keys.repeat.take(), false), record })
+    }
+
+    /// A file that is emptied and written, by this port alone.
+    pub(super) fn written(&mut self, place: &str, name: &str, key: &str, file: Spanned<FileName>) -> PathBuf {
+        let (span, path) = (file.span(), self.run_dir.join(&file.get_ref().0));
+        if let Some((other, line)) = self.seen.records.get(&path) {
+            let message = format!("{} is written by port `{other}` on line {line} already", path.display());
+            self.problems.add(span.clone(), format!("{place}`{key}`: {message}"));
+        } else if let Some((other, line)) = self.seen.replays.get(&path) {
+            let message = if other == name {
+                "this would empty the file to replay".to_owned()
+            } else {
+                format!("this would empty the file that port `{other}` replays (line {line})")
+            };
+            self.problems.add(span.clone(), format!("{place}`{key}`: {message}"));
+        } else if let Err(why) = self.surroundings.writes(&path) {
+            self.problems.add(span.clone(), format!("{place}`{key}`: {why}"));
+        }
+        let line = self.problems.line(&span);
+        self.seen.records.entry(path.clone()).or_insert((name.to_owned(), line));
+        path
     }
 
     /// Of the features, a tap has the offloads.

@@ -7,12 +7,25 @@ use settings::table::Read;
 use settings::values::{Bounded, CoreNumber, HardwareAddress, Memory, Name, SocketName, VfToken};
 use settings::{DeValue, Problems, Spanned, keys, nested, plain};
 
+use super::inject::Share;
 use super::values::{
-    Device, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanId,
-    VlanRange,
+    Device, Direction, FeatureName, FileName, FrameRate, GroupName, Idle, PortKind, SocketMode, SocketSide,
+    VlanId, VlanRange,
 };
 
-plain!(Device, FeatureName, FileName, GroupName, Idle, PortKind, SocketMode, SocketSide, VlanRange);
+plain!(
+    Device,
+    Direction,
+    Share,
+    FeatureName,
+    FileName,
+    GroupName,
+    Idle,
+    PortKind,
+    SocketMode,
+    SocketSide,
+    VlanRange
+);
 
 keys! {
     /// `[switch]`.
@@ -93,6 +106,10 @@ keys! {
         disable: Vec<Spanned<FeatureName>>,
         /// Most memory that a guest may share with us.
         max_memory: Memory,
+        /// Faults on purpose.
+        inject: InjectKeys,
+        /// A pcapng file that is written of all its frames; a relative path lies in the run directory.
+        trace: FileName,
     }
 }
 
@@ -146,7 +163,27 @@ keys! {
     }
 }
 
-nested!(VlanKeys, StormKeys, StaticTable, VfKeys);
+keys! {
+    /// `inject = { … }`.
+    InjectKeys in "`inject`" {
+        /// What the faults are drawn from.
+        seed: Bounded<0, { i64::MAX }>,
+        /// Percent of frames that are lost.
+        drop: Share,
+        /// Percent of frames of which one bit is turned round.
+        corrupt: Share,
+        /// Percent of frames that come twice.
+        duplicate: Share,
+        /// Percent of frames that come later than some that were sent after them.
+        reorder: Share,
+        /// Microseconds that each frame takes.
+        delay_us: Bounded<1, 1_000_000>,
+        /// Which frames suffer.
+        direction: Direction,
+    }
+}
+
+nested!(VlanKeys, StormKeys, StaticTable, VfKeys, InjectKeys);
 
 /// One of `addresses`: `"02:00:00:00:00:01"` or `{ address = "02:00:00:00:00:01", vlan = 20 }`.
 #[derive(Debug)]
@@ -183,5 +220,6 @@ pub fn vocabulary() -> Vec<(&'static str, &'static str)> {
         .chain(of("storm", StormKeys::KEYS))
         .chain(of("addresses", StaticTable::KEYS))
         .chain(of("vfs", VfKeys::KEYS))
+        .chain(of("inject", InjectKeys::KEYS))
         .collect()
 }

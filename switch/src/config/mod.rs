@@ -6,6 +6,7 @@
 
 mod behind;
 mod feature;
+mod inject;
 mod keys;
 mod machine;
 #[cfg(test)]
@@ -19,11 +20,12 @@ use std::time::Duration;
 
 pub use behind::{Behind, Side, VirtualFunction};
 pub use feature::{Feature, FeatureSet};
+pub use inject::{Inject, Share};
 pub use keys::vocabulary;
 pub use machine::{Decide, Surroundings, ThisMachine};
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Problems};
-pub use values::{Idle, PortKind, SocketSide};
+pub use values::{Direction, Idle, PortKind, SocketSide};
 
 /// The longest Ethernet frame (without FCS) that is forwarded unless it is left for segmentation.
 pub const FRAME_MAX: u32 = 9_216;
@@ -91,6 +93,22 @@ pub struct PortConfig {
     pub disable: FeatureSet,
     /// Most bytes of memory that a guest may share with us.
     pub max_memory: u64,
+    /// Faults on purpose.
+    pub inject: Option<Inject>,
+    /// A pcapng file that is written of all its frames.
+    pub trace: Option<PathBuf>,
+}
+
+impl PortConfig {
+    /// The files that are written for it.
+    pub fn writes(&self) -> impl Iterator<Item = &Path> {
+        self.behind.writes().into_iter().chain(self.trace.as_deref())
+    }
+
+    /// Whether both write the same file.
+    pub(crate) fn shares_a_file(&self, other: &Self) -> bool {
+        self.writes().any(|file| other.writes().any(|others| file == others))
+    }
 }
 
 /// The VLANs of a port.

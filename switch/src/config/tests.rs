@@ -143,6 +143,8 @@ fn a_port_with_nothing_but_its_socket_gets_the_documented_defaults() {
             source_check: false,
             disable: FeatureSet::default(),
             max_memory: 7 << 30,
+            inject: None,
+            trace: None,
         }]
     );
 }
@@ -167,6 +169,53 @@ fn values_mean_what_they_say() {
     assert_eq!(off.iter().collect::<Vec<_>>(), [Feature::Packed, Feature::Log]);
     let size = parse("[switch]\nworkers = [0]\nfdb_size = 100000").unwrap().switch.fdb_size;
     assert_eq!(size, 131_072);
+}
+
+#[test]
+fn faults_are_written_in_percent_and_a_port_traces_to_a_file_of_its_own() {
+    let port = one(
+        "inject = { seed = 7, drop = 1, corrupt = 0.0001, reorder = 12.5, delay_us = 1000, direction = 'in' }",
+    );
+    let inject = port.inject.unwrap();
+    let share = Share::of_millionths;
+    assert_eq!((inject.drop, inject.corrupt, inject.reorder), (share(10_000), share(1), share(125_000)));
+    assert_eq!((inject.duplicate, inject.delay), (share(0), Duration::from_millis(1)));
+    let written = "seed = 7, drop = 1, corrupt = 0.0001, reorder = 12.5, delay_us = 1000, direction = \"in\"";
+    assert_eq!(inject.to_string(), written);
+    assert_eq!(
+        one("inject = { duplicate = 100.0 }").inject.unwrap().to_string(),
+        "seed = 1, duplicate = 100"
+    );
+    assert_eq!(one("trace = 'a.pcapng'").trace, Some("/run/cableway/a.pcapng".into()));
+    for (keys, wanted) in [
+        ("inject = { drop = 101 }", "`drop`: integer `101`: wanted a share in percent, from 0 to 100"),
+        ("inject = { drop = -0.5 }", "wanted a share in percent"),
+        ("inject = { drop = nan }", "wanted a share in percent"),
+        ("inject = { drop = 0.00001 }", "in steps of 0.0001"),
+        ("inject = { drop = '1 %' }", "`drop`: string \"1 %\": wanted a share in percent"),
+        ("inject = { delay_us = 1000001 }", "wanted a whole number from 1 to 1000000"),
+        ("inject = { seed = 3 }", "test.toml:3:10: port `a`: `inject` says nothing that should happen"),
+        ("inject = { drop = 0 }", "`inject` says nothing that should happen"),
+        ("inject = { drop = 1, direction = 'up' }", "\"up\" is unknown; there are `in`, `out` and `both`"),
+        ("inject = { drop = 1, loss = 1 }", "unknown key `loss` in `inject`"),
+        ("inject = 5", "`inject`: integer: wanted a table like { seed = …"),
+        ("trace = 'locked.pcap'", "test.toml:3:9: port `a`: `trace`: is not permitted"),
+    ] {
+        let seen = port_problem(keys);
+        assert!(seen.contains(wanted) && seen.lines().count() == 1, "{keys}: {seen}");
+    }
+    let two = |first: &str, second: &str| {
+        let port = |name: &str, keys: &str| format!("[[port]]\nname = '{name}'\n{keys}\n");
+        let file = "[switch]\nworkers = [1]\n".to_owned() + &port("a", first) + &port("b", second);
+        parse(&file).unwrap_err().to_string()
+    };
+    let file = "/run/cableway/f is written by port `a` on line";
+    assert!(two("kind = 'null'\ntrace = 'f'", "kind = 'null'\ntrace = './f'").contains(file));
+    assert!(two("kind = 'pcap'\nrecord = 'f'", "kind = 'null'\ntrace = 'f'").contains(file));
+    assert!(
+        two("kind = 'pcap'\nreplay = 'f'", "kind = 'null'\ntrace = 'f'")
+            .contains("this would empty the file")
+    );
 }
 
 #[test]

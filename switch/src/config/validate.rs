@@ -173,6 +173,8 @@ impl PortReader<'_, '_> {
         let queue_pairs = keys.queue_pairs.take().map_or(QUEUE_PAIRS, |pairs| pairs.into_inner().get());
         let queue_workers = self.queue_workers(&place, &mut keys, queue_pairs);
         let vlan = keys.vlan.take().map_or(Vlan::Unaware, |vlan| self.vlan(&place, vlan));
+        let inject = keys.inject.take().map(|keys| super::inject::read(&place, keys, self.problems));
+        let trace = keys.trace.take().map(|file| self.written(&place, &call, "trace", file));
         let addresses = keys.addresses.take();
         let source_check = value_or(keys.source_check.take(), false);
         if source_check && addresses.as_ref().is_none_or(|addresses| addresses.get_ref().is_empty()) {
@@ -205,6 +207,8 @@ impl PortReader<'_, '_> {
             max_memory: keys
                 .max_memory
                 .map_or_else(|| self.surroundings.memory(), |memory| memory.into_inner().0),
+            inject,
+            trace,
         })
     }
 

@@ -67,6 +67,16 @@ words! {
         Client = "client",
     }
 
+    /// Frames of a port.
+    Direction {
+        /// Those that come in from what is behind it.
+        In = "in",
+        /// Those that go out to it.
+        Out = "out",
+        /// All.
+        Both = "both",
+    }
+
     /// What is behind a port.
     PortKind {
         /// A virtual machine's virtio-net device.

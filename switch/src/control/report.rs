@@ -90,6 +90,51 @@ pub struct PortStats {
     /// What the device behind it counts itself since it was opened, by its own names (`af_xdp` only).
     #[serde(default)]
     pub device: Vec<DeviceCount>,
+    /// What its frames suffered on purpose (`inject`), while they do.
+    #[serde(default)]
+    pub inject: Option<InjectStats>,
+    /// The file that its frames are written to (`trace`).
+    #[serde(default)]
+    pub trace: Option<TraceStats>,
+}
+
+/// What the frames of a port suffered on purpose. Those that were lost are among the queues' drops.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InjectStats {
+    /// What happens to them, in the words of the configuration.
+    pub faults: String,
+    /// Those that came in.
+    pub rx: Suffered,
+    /// Those that went out.
+    pub tx: Suffered,
+}
+
+/// Frames that suffered, since they began to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Suffered {
+    /// One bit of each was turned round.
+    pub corrupted: u64,
+    /// They came twice; the second of each counts as received, or as a copy for flooding.
+    pub duplicated: u64,
+    /// They let others pass.
+    pub reordered: u64,
+    /// They were kept waiting.
+    pub delayed: u64,
+    /// They wait now.
+    pub held: u64,
+}
+
+/// A file that a port's frames are written to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TraceStats {
+    /// The file.
+    pub file: String,
+    /// Frames that are in it, or will be soon.
+    pub captured: u64,
+    /// Frames that are not: more than were written in time.
+    pub missed: u64,
+    /// Why nothing is written any more.
+    pub error: Option<String>,
 }
 
 /// What a device counts itself.
@@ -422,7 +467,7 @@ mod tests {
             drops: drops(DropReason::ReceiverFull, 4),
             ..TxStats::default()
         };
-        let ports = [PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx], device: Vec::new() }];
+        let ports = [PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx], ..PortStats::default() }];
         let totals = Totals::of(&ports);
         assert_eq!(totals.received + totals.replicas, totals.sent + totals.dropped);
         let by_reason: Vec<_> =

@@ -56,7 +56,7 @@ impl SwitchState for Still {
         let drops = vec![DropCount { reason: "runt".into(), sentence: "Too short.".into(), frames: 1 }];
         let rx = RxStats { received: 10, switched: 9, dropped: 1, drops, ..RxStats::default() };
         let tx = TxStats { offered: 9, sent: 9, ..TxStats::default() };
-        let ports = vec![PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx], device: Vec::new() }];
+        let ports = vec![PortStats { name: "a".into(), rx: vec![rx], tx: vec![tx], ..PortStats::default() }];
         let totals = Totals::of(&ports);
         StatsReport { uptime_s: 1.5, tsc_hz: 2_000_000_000, workers: vec![worker], ports, totals }
     }

@@ -68,6 +68,10 @@ pub(crate) struct ReceiveQueue<'c> {
 impl Running for Receiving {
     type Queue<'c> = ReceiveQueue<'c>;
 
+    fn number(index: u16) -> usize {
+        usize::from(index)
+    }
+
     fn polled<'c>(
         slot: &'c DeviceRx,
         entered: &'c mut Entered<'_, RxState<Self>>,

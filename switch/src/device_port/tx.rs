@@ -51,7 +51,7 @@ impl DeviceTx {
             }
             std::hint::spin_loop();
         }
-        self.counters.refuse(set.len() as u64);
+        self.counters.refuse(DropReason::RingBusy, set.len() as u64);
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use pmd::igb::VirtualFunction;
 
+use port::DropReason;
+
 use crate::control::report::DeviceCount;
 use crate::counters::{RxCounters, TxCounters};
 use crate::device_port::{DevicePort, DeviceRx};
@@ -89,6 +91,35 @@ impl Attached {
         match self {
             Attached::Guest(port) => port.tx.iter().map(|slot| &slot.counters).collect(),
             Attached::Device(port) => port.tx.iter().map(|slot| &slot.counters).collect(),
+        }
+    }
+
+    /// Counts frames of a queue that came in and were lost on purpose.
+    pub(super) fn count_lost(&self, queue: usize, frames: u64) {
+        if frames == 0 {
+            return;
+        }
+        // Counters have one writer at a time: whoever holds the queue's claim.
+        match self {
+            Attached::Guest(port) => {
+                if let Some(slot) = port.rx.get(queue) {
+                    let _claim = slot.state.take();
+                    slot.counters.drops.add(DropReason::InjectedLost, frames);
+                }
+            }
+            Attached::Device(port) => {
+                if let Some(slot) = port.rx.get(queue) {
+                    let _claim = slot.state.take();
+                    slot.counters.drops.add(DropReason::InjectedLost, frames);
+                }
+            }
+        }
+    }
+
+    /// Counts frames that were to go out and were lost on purpose.
+    pub(super) fn count_lost_outward(&self, frames: u64) {
+        if let Some(counters) = self.sent().first().filter(|_| frames > 0) {
+            counters.refuse(DropReason::InjectedLost, frames);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The housekeeping thread: everything that is rare. It opens and closes ports, builds plans, ages addresses, places queues
 //! on workers and answers what workers report.
 
+mod publish;
 mod stopping;
 
 use std::sync::Arc;
@@ -10,16 +11,16 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, select};
 
 use super::attached::{self, Attached};
-use super::placement::{Queue, load, place, rebalance};
+use super::placement::{Queue, load, rebalance};
 use super::ports::{self, RunningPort};
-use super::{ApplyError, PortView, Shared, StartError, View};
+use super::{ApplyError, Shared, StartError};
 use crate::bridge::{Clock, MAX_PORTS, PlanError};
-use crate::config::{Behind, Config, Idle, PortConfig, VirtualFunction};
+use crate::capture::Before;
+use crate::config::{Behind, Config, PortConfig, VirtualFunction};
 use crate::control::VfChange;
 use crate::control::report::ReloadReport;
 use crate::device_port::Cards;
 use crate::events::{Event, Events};
-use crate::plan::{Devices, Plan};
 use crate::slot::PortState;
 use crate::worker::clock_since;
 
@@ -288,68 +289,6 @@ impl Housekeeper {
         self.republish();
     }
 
-    /// Puts what is known now into force: a new plan for the workers, a new view for readers.
-    fn publish(&mut self) -> Result<(), PlanError> {
-        let queues = self.queues();
-        let plain: Vec<Queue> = queues.iter().map(|q| q.3).collect();
-        let places = place(&plain, &self.worker_nodes());
-        let mut by_worker = vec![Vec::new(); self.shared.workers.len()];
-        let mut devices =
-            Devices { queues: vec![Vec::new(); self.shared.workers.len()], ..Devices::default() };
-        self.places.clear();
-        for ((number, pair, slot, _), worker) in queues.into_iter().zip(places) {
-            self.places.push((number, pair, worker));
-            if let (Some(guests), Some(devices)) = (by_worker.get_mut(worker), devices.queues.get_mut(worker))
-            {
-                match slot {
-                    attached::Queue::Guest(slot) => guests.push(slot),
-                    attached::Queue::Device(slot) => devices.push(slot),
-                }
-            }
-        }
-        let highest = self.ports.iter().map(|p| usize::from(p.port.number()) + 1).max().unwrap_or(0);
-        let mut by_number = vec![None; highest];
-        devices.ports = vec![None; highest];
-        for running in &self.ports {
-            let number = usize::from(running.port.number());
-            if let (Some(guest), Some(device)) = (by_number.get_mut(number), devices.ports.get_mut(number)) {
-                match &running.port {
-                    Attached::Guest(port) => *guest = Some(port.clone()),
-                    Attached::Device(port) => *device = Some(port.clone()),
-                }
-            }
-        }
-        let bridge = ports::bridge(&self.config, &self.ports, self.shared.fdb.clone())?;
-        // The number of a port that is gone may be another's by now, whose frames nobody asked for.
-        let runs = |number: u16, name: &str| {
-            self.ports.iter().any(|p| p.port.number() == number && p.config.name == name)
-        };
-        self.shared.change_captures(|captures| captures.retain(|c| runs(c.port, &c.name)));
-        let ports =
-            self.ports.iter().map(|p| PortView { config: p.config.clone(), port: p.port.clone() }).collect();
-        self.shared.view.store(Arc::new(View { config: self.config.clone(), ports }));
-        self.shared.plans.swap(Plan {
-            bridge,
-            ports: by_number,
-            queues: by_worker,
-            devices,
-            captures: self.shared.captures(),
-            burst: self.config.switch.burst,
-            idle: self.config.switch.idle,
-        });
-        if self.config.switch.idle == Idle::Sleep {
-            self.shared.workers.iter().for_each(|w| w.sleeper.wake());
-        }
-        Ok(())
-    }
-
-    /// The same where nobody waits for an answer. The ports are those of a plan that was possible before.
-    fn republish(&mut self) {
-        if let Err(e) = self.publish() {
-            tracing::error!("workers go on as before: {e}");
-        }
-    }
-
     /// Puts `config` in force, whole or not at all. What fails is opening sockets and the bridge's tables, so that comes first;
     /// a port that changes on the same socket must close before it opens anew, and is put back if anything fails.
     fn apply(&mut self, config: Config) -> Result<ReloadReport, ApplyError> {
@@ -357,7 +296,9 @@ impl Housekeeper {
         let mut report = self.difference(&config);
         let gone = |p: &RunningPort| config.port(&p.config.name).is_none();
         // Sockets and devices that somebody else wants from now on are free before they are opened.
-        let wanted_anew = |p: &RunningPort| config.ports.iter().any(|c| c.behind.collides(&p.config.behind));
+        let wanted_anew = |p: &RunningPort| {
+            config.ports.iter().any(|c| c.behind.collides(&p.config.behind) || c.shares_a_file(&p.config))
+        };
         let (leaving, staying): (Vec<_>, Vec<_>) = std::mem::take(&mut self.ports)
             .into_iter()
             .partition(|p| report.reconnected.contains(&p.config.name) || (gone(p) && wanted_anew(p)));
@@ -367,6 +308,12 @@ impl Housekeeper {
             self.shared.fdb.flush_port(old.port.number());
             closed.push(old.config.clone());
         }
+        // The file may be another's from now on.
+        for p in &mut self.ports {
+            if config.port(&p.config.name).and_then(|c| c.trace.as_ref()) != p.config.trace.as_ref() {
+                p.trace = None;
+            }
+        }
         self.cards.expect(&config);
         let opened = self.open_missing(&config.ports).and_then(|opened| {
             let ports = self.ports.iter().chain(&opened);
@@ -374,6 +321,11 @@ impl Housekeeper {
                 ports.filter_map(|p| Some((p.port.number(), config.port(&p.config.name)?.clone()))).collect();
             self.shared.fdb.set_static(&ports::static_entries(&entries))?;
             self.grant(&config)?;
+            for p in &mut self.ports {
+                if let Some(wanted) = config.port(&p.config.name) {
+                    p.trace(wanted, Before::Emptied)?;
+                }
+            }
             Ok(opened)
         });
         let opened = match opened {
@@ -492,6 +444,11 @@ impl Housekeeper {
 
     /// After a change that failed: opens what was closed for it.
     fn put_back(&mut self, closed: &[PortConfig]) {
+        for p in &mut self.ports {
+            if let Err(e) = p.trace(&p.config.clone(), Before::Kept) {
+                tracing::error!("{e}; nothing is written until the next reload");
+            }
+        }
         for old in closed {
             match self.open_missing(std::slice::from_ref(old)) {
                 Ok(port) => self.ports.extend(port),

@@ -20,9 +20,10 @@ use arc_swap::ArcSwap;
 use crossbeam::channel::{Sender, bounded};
 
 use crate::bridge::{Fdb, FdbError, PlanError};
-use crate::capture::Capture;
+use crate::capture::{Capture, Traced};
 use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
+use crate::inject::Lanes;
 use crate::plan::Plans;
 use crate::sandbox::files::{FileAccess, FilesError, Held};
 use crate::sandbox::{self, Devices, SandboxError, ThreadKind};
@@ -57,6 +58,16 @@ pub enum StartError {
         port: String,
         /// What is wrong with its device.
         source: crate::device_port::DeviceError,
+    },
+    /// The file of a port's frames cannot be written.
+    #[error("port {port}: {}: cannot be written: {source}", file.display())]
+    Trace {
+        /// The port's name.
+        port: String,
+        /// The file.
+        file: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// The learning table or its static entries.
     #[error("learning table: {0}")]
@@ -94,6 +105,8 @@ pub enum ApplyError {
 pub(crate) struct PortView {
     pub(crate) config: PortConfig,
     pub(crate) port: Attached,
+    pub(crate) lanes: Option<Arc<Lanes>>,
+    pub(crate) trace: Option<Arc<Traced>>,
 }
 
 /// What readers see of the configuration in force.

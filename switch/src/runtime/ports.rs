@@ -1,6 +1,6 @@
 //! From a port's configuration to what runs: its session or device, its place in the bridge, its part of a plan.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,9 +12,11 @@ use crate::bridge::fdb::Key;
 use crate::bridge::{
     BridgePlan, Fdb, Mac, PlanError, PortPlan, StaticEntry, StormGuard, StormRate, VlanMode,
 };
-use crate::config::{Behind, Config, Feature, PortConfig, Side, Storm, Vlan};
+use crate::capture::{Before, Trace};
+use crate::config::{Behind, Config, Feature, Inject, PortConfig, Side, Storm, Vlan};
 use crate::device_port::{Cards, DevicePort};
 use crate::events::Events;
+use crate::inject::Lanes;
 use crate::plan::{Devices, Plan};
 use crate::vhost_port::{VhostDevice, VhostPort};
 
@@ -26,6 +28,12 @@ pub(super) struct RunningPort {
     pub(super) port: Attached,
     /// Shared by all plans, so that a change elsewhere does not refill the buckets.
     storm: Arc<StormGuard>,
+    /// While its frames suffer on purpose.
+    pub(super) lanes: Option<Arc<Lanes>>,
+    /// Those of a port whose frames do not suffer any more, while workers may still follow the old plan.
+    ended: Option<Arc<Lanes>>,
+    /// While its frames are written to a file.
+    pub(super) trace: Option<Trace>,
     /// A guest's: dropping it closes the socket and the connection.
     _session: Option<SessionHandle>,
     /// When opening a device was last tried.
@@ -40,7 +48,42 @@ impl RunningPort {
         if config.storm != self.config.storm {
             self.storm = storm_guard(&config.storm);
         }
+        match (&self.lanes, &config.inject) {
+            (None, Some(inject)) => self.lanes = lanes(&config.name, inject, config.queue_pairs),
+            (Some(lanes), Some(inject)) if self.config.inject.as_ref() != Some(inject) => {
+                warn(&config.name, inject);
+                lanes.change(inject);
+            }
+            (Some(_), None) => self.ended = self.lanes.take(),
+            _ => {}
+        }
         self.config = config;
+    }
+
+    /// Counts what waited on lanes that are not needed any more, as lost. Once workers have a plan without them, but for those that
+    /// do not know it yet.
+    pub(super) fn settle(&mut self) {
+        if let Some(ended) = self.ended.take() {
+            let (inward, outward) = ended.end();
+            for (queue, frames) in inward.into_iter().enumerate() {
+                self.port.count_lost(queue, frames);
+            }
+            self.port.count_lost_outward(outward);
+        }
+        let Some(lanes) = &self.lanes else { return };
+        let running: Vec<usize> = self.port.polled().into_iter().map(|(queue, _)| queue).collect();
+        for queue in (0..usize::from(self.config.queue_pairs)).filter(|queue| !running.contains(queue)) {
+            self.port.count_lost(queue, lanes.clear_inward(queue));
+        }
+    }
+
+    /// Begins to write the file that `wanted` says, unless that is done.
+    pub(super) fn trace(&mut self, wanted: &PortConfig, before: Before) -> Result<(), StartError> {
+        if self.trace.as_ref().map(|trace| &trace.shared.file) != wanted.trace.as_ref() {
+            self.trace = None;
+            self.trace = trace(wanted, self.port.number(), before)?;
+        }
+        Ok(())
     }
 }
 
@@ -51,6 +94,28 @@ impl Drop for RunningPort {
             port.halt();
         }
     }
+}
+
+/// The lanes of a port whose frames are to suffer.
+fn lanes(name: &str, inject: &Inject, queues: u16) -> Option<Arc<Lanes>> {
+    warn(name, inject);
+    Some(Lanes::new(inject, queues))
+}
+
+fn warn(name: &str, inject: &Inject) {
+    tracing::warn!("port {name}: frames suffer on purpose: inject = {{ {inject} }}");
+}
+
+/// The trace of a port that wants one.
+fn trace(config: &PortConfig, number: u16, before: Before) -> Result<Option<Trace>, StartError> {
+    let begin = |file: &PathBuf| {
+        Trace::begin(number, &config.name, file, before).map_err(|source| StartError::Trace {
+            port: config.name.clone(),
+            file: file.clone(),
+            source,
+        })
+    };
+    config.trace.as_ref().map(begin).transpose()
 }
 
 /// Limits, and twice a hundredth of a second's worth at once.
@@ -113,7 +178,10 @@ pub(super) fn open(
         }
     };
     let (storm, tried) = (storm_guard(&config.storm), Instant::now());
-    Ok(RunningPort { storm, config: config.clone(), port, _session: session, tried, told: None })
+    let trace = trace(config, number, Before::Emptied)?;
+    let lanes = config.inject.as_ref().and_then(|inject| lanes(&config.name, inject, config.queue_pairs));
+    let config = config.clone();
+    Ok(RunningPort { storm, config, port, lanes, ended: None, trace, _session: session, tried, told: None })
 }
 
 fn open_session(
@@ -219,7 +287,7 @@ pub(super) fn empty_plan(config: &Config, fdb: Arc<Fdb>) -> Result<Plan, PlanErr
         ports: Vec::new(),
         queues: vec![Vec::new(); config.switch.workers.len()],
         devices: Devices::default(),
-        captures: Vec::new(),
+        extras: None,
         burst: config.switch.burst,
         idle: config.switch.idle,
     })

@@ -9,15 +9,16 @@ use port::DropReason;
 use super::housekeeper::Command;
 use super::{PortView, Switch};
 use crate::bridge::Mac;
-use crate::capture::{Capture, Filter};
+use crate::capture::{Capture, Filter, Traced};
 use crate::config::{Behind, Config, Side, Vlan};
 use crate::control::report::{
-    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
-    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, VfReport,
-    WorkerState, WorkerStats,
+    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, InjectStats, PortReport, PortState,
+    PortStats, PortsReport, ReloadReport, RingReport, RxStats, StatsReport, Suffered, SwitchInfo, Totals,
+    TraceStats, TxStats, VfReport, WorkerState, WorkerStats,
 };
 use crate::control::{SwitchState, VfChange, feature_names};
 use crate::counters::{RxCounters, TxCounters};
+use crate::inject::Done;
 use crate::slot::PortState as State;
 use crate::vhost_port::RingView;
 use crate::worker::clock_since;
@@ -177,8 +178,28 @@ impl Switch {
             rx: rx.filter(|q| q.queue == 0 || q.worker.is_some() || q.received > 0).collect(),
             tx: tx.filter(|q| q.queue == 0 || q.offered > 0).collect(),
             device: view.port.device_counts(),
+            inject: inject_stats(view),
+            trace: view.trace.as_deref().map(trace_stats),
         }
     }
+}
+
+fn inject_stats(view: &PortView) -> Option<InjectStats> {
+    let suffered = |Done { corrupted, duplicated, reordered, delayed, held }| Suffered {
+        corrupted,
+        duplicated,
+        reordered,
+        delayed,
+        held,
+    };
+    let (faults, (rx, tx)) = (view.config.inject?.to_string(), view.lanes.as_ref()?.done());
+    Some(InjectStats { faults, rx: suffered(rx), tx: suffered(tx) })
+}
+
+fn trace_stats(trace: &Traced) -> TraceStats {
+    let CaptureReport { captured, missed, .. } = trace.capture.report();
+    let error = trace.error.get().cloned();
+    TraceStats { file: trace.file.display().to_string(), captured, missed, error }
 }
 
 fn drop_counts(drops: &[(DropReason, u64)]) -> Vec<DropCount> {

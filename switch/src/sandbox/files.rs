@@ -76,7 +76,8 @@ impl FileAccess {
         read.extend(CARDS.iter().map(PathBuf::from).filter(|_| vfio.is_some()));
         let directory = |file: &Path| directory_of(file).map(Path::to_owned);
         read.extend(config.ports.iter().filter_map(|p| directory(p.behind.reads()?)));
-        let mut write: Vec<_> = config.ports.iter().filter_map(|p| directory(p.behind.writes()?)).collect();
+        let written = config.ports.iter().flat_map(|port| port.writes());
+        let mut write: Vec<_> = written.filter_map(directory).collect();
         for list in [&mut read, &mut sockets, &mut write] {
             list.sort_unstable();
             list.dedup();

@@ -60,6 +60,10 @@ impl RxSlot {
 impl Running for RunningRing {
     type Queue<'c> = RxRing<'c>;
 
+    fn number(index: u16) -> usize {
+        usize::from(index / 2)
+    }
+
     #[inline(always)]
     fn polled<'c>(
         slot: &'c RxSlot,

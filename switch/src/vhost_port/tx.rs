@@ -59,7 +59,7 @@ impl TxSlot {
                 full_fence();
                 ring.notify();
             }
-            None => self.counters.refuse(set.len() as u64),
+            None => self.counters.refuse(DropReason::RingBusy, set.len() as u64),
         }
     }
 }

@@ -49,7 +49,7 @@ fn plan(guests: &[Guest], polled: [&[usize]; 2], fdb: &Arc<Fdb>) -> Plan {
         ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
         queues: polled.map(|of| of.iter().map(|&i| guests[i].port.rx[0].clone()).collect()).to_vec(),
         devices: Devices::default(),
-        captures: Vec::new(),
+        extras: None,
         burst: 64,
         idle: Idle::Poll,
     }

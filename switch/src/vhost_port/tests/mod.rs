@@ -7,6 +7,7 @@ mod captures;
 mod contention;
 mod frames;
 mod guest;
+mod injected;
 mod migration;
 mod mix;
 mod offloads;

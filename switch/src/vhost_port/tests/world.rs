@@ -11,7 +11,7 @@ use crate::bridge::{BridgePlan, Fdb, PortPlan};
 use crate::capture::Capture;
 use crate::config::Idle;
 use crate::events::{Event, Events};
-use crate::plan::{Devices, Plan, Plans};
+use crate::plan::{Devices, Extras, Plan, Plans};
 use crate::worker::{Worker, WorkerShared};
 
 pub(super) struct World {
@@ -49,13 +49,23 @@ impl World {
         events: Receiver<Event>,
         captures: Vec<Arc<Capture>>,
     ) -> Self {
+        Self::with_extras(guests, plans, events, Extras { captures, ..Extras::default() })
+    }
+
+    /// The same, with all that a plan may have.
+    pub(super) fn with_extras(
+        guests: Vec<Guest>,
+        plans: Vec<PortPlan>,
+        events: Receiver<Event>,
+        extras: Extras,
+    ) -> Self {
         let fdb = Arc::new(Fdb::new(1024).unwrap());
         let plan = Plan {
             bridge: BridgePlan::new(plans.into_iter().map(Some).collect(), fdb, false).unwrap(),
             ports: guests.iter().map(|g| Some(g.port.clone())).collect(),
             queues: vec![guests.iter().flat_map(|g| g.port.rx.iter().cloned()).collect()],
             devices: Devices::default(),
-            captures,
+            extras: extras.any(),
             burst: 64,
             idle: Idle::Poll,
         };

@@ -380,4 +380,7 @@ fn sleep(plan: &Plan, shared: &WorkerShared, owner: &mut Owner) {
     for queue in queues {
         queue.disarm(owner);
     }
+    for queue in plan.devices.queues_of(shared.index) {
+        queue.disarm(owner);
+    }
 }

@@ -158,6 +158,21 @@ impl AnyReceive {
     pub fn counters(&self) -> Arc<ReceiveCounters> {
         each!(AnyReceive, self, queue => queue.counters())
     }
+
+    /// As [`ReceiveQueue::vector`].
+    pub fn vector(&self) -> Option<u16> {
+        each!(AnyReceive, self, queue => queue.vector())
+    }
+
+    /// As [`ReceiveQueue::arm`].
+    pub fn arm(&mut self) -> bool {
+        each!(AnyReceive, self, queue => queue.arm())
+    }
+
+    /// As [`ReceiveQueue::disarm`].
+    pub fn disarm(&mut self) {
+        each!(AnyReceive, self, queue => queue.disarm());
+    }
 }
 
 impl RxQueue for AnyReceive {

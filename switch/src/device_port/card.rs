@@ -4,11 +4,14 @@
 //! configuration: frames between cards of a node are not copied. [`super::rx`] and [`super::tx`] use the queues.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
 use host::memory::Pages;
 use host::pci::{self, Bdf};
-use host::vfio::{Faults, VfioError};
+use host::vfio::{Faults, Interrupt, VfioError};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use pmd::access::vfio::{VfioFunction, VfioSpace};
 use pmd::dma::{Arena, ArenaError, ArenaOptions};
 use pmd::igb::VirtualFunction;
@@ -80,8 +83,27 @@ pub(crate) struct Card {
 /// What opening one gives.
 pub(crate) struct OpenedCard {
     pub(crate) card: Card,
-    pub(crate) queues: Vec<(AnyReceive, AnyTransmit)>,
+    /// Receive, what tells of frames there if anything does, transmit.
+    pub(crate) queues: Vec<(AnyReceive, Option<OwnedFd>, AnyTransmit)>,
     pub(crate) node: Option<u32>,
+}
+
+/// What becomes readable when frames come in on each of these queues: the card's interrupts, one for each, which come only to queues
+/// that were armed.
+fn bells(function: &VfioFunction, queues: &[AnyReceive]) -> io::Result<Vec<OwnedFd>> {
+    let vectors: Option<Vec<u16>> = queues.iter().map(AnyReceive::vector).collect();
+    let vectors = vectors.ok_or_else(|| io::Error::other("the device has none for its queues"))?;
+    let most = vectors.iter().max().map_or(0, |vector| vector + 1);
+    let there = function.device().interrupts(Interrupt::Msix);
+    if there < u32::from(most) {
+        return Err(io::Error::other(format!("it has {there} vectors of MSI-X, and {most} are wanted")));
+    }
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let events: Vec<_> = (0..most).map(|_| EventFd::from_flags(flags)).collect::<Result<_, _>>()?;
+    let descriptors: Vec<_> = events.iter().map(AsFd::as_fd).collect();
+    function.device().signal(Interrupt::Msix, 0, &descriptors)?;
+    let of = |vector: &u16| descriptors.get(usize::from(*vector)).map(|fd| fd.try_clone_to_owned());
+    vectors.iter().filter_map(of).collect()
 }
 
 /// The memory node of a card.
@@ -151,7 +173,13 @@ impl Cards {
         };
         let OpenedAny { nic, receive, transmit } = opened.map_err(|error| CardError::Driver(bdf, error))?;
         self.arenas.insert(node, Arc::downgrade(&arena));
-        let queues = receive.into_iter().zip(transmit).collect();
+        let bells = bells(&function, &receive).unwrap_or_else(|error| {
+            tracing::warn!("card {bdf}: its worker does not sleep, as its interrupts cannot be had: {error}");
+            Vec::new()
+        });
+        let bells = bells.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+        let pairs = receive.into_iter().zip(bells).zip(transmit);
+        let queues = pairs.map(|((receive, bell), transmit)| (receive, bell, transmit)).collect();
         let mut card = Card { nic, function, link: None };
         card.grant(config.behind.functions())?;
         Ok(OpenedCard { card, queues, node })

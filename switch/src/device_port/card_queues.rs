@@ -3,6 +3,7 @@
 //! Bursts pass as they are: a card lends them itself, and takes sets of frames of them.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use pmd::nic::{AnyReceive, AnyTransmit, ReceiveCounters, Single};
@@ -16,6 +17,8 @@ use crate::counters::{RxCounters, TxCounters};
 /// A card's receive queue: it fills bursts itself, heads too, and what it drops is counted for its port.
 pub(crate) struct CardReceive {
     pub(super) queue: AnyReceive,
+    /// Becomes readable when frames come in, if the queue was armed.
+    pub(super) bell: Option<OwnedFd>,
     counters: Arc<ReceiveCounters>,
     /// Frames and drops that the port knows of.
     frames: u64,
@@ -24,9 +27,9 @@ pub(crate) struct CardReceive {
 
 impl CardReceive {
     /// A queue that was not polled yet.
-    pub(super) fn new(queue: AnyReceive) -> Self {
+    pub(super) fn new(queue: AnyReceive, bell: Option<OwnedFd>) -> Self {
         let counters = queue.counters();
-        Self { queue, counters, frames: 0, drops: [0; DropReason::COUNT] }
+        Self { queue, bell, counters, frames: 0, drops: [0; DropReason::COUNT] }
     }
 
     /// Fills `buffer`; how many frames that are, which are not released yet.

@@ -111,8 +111,8 @@ pub(crate) fn open(config: &PortConfig, create: bool, cards: &mut Cards) -> Resu
         }
         Behind::Nic { bdf, token, .. } => {
             let OpenedCard { card, queues, node } = cards.open(config, *bdf, token.as_deref())?;
-            let queues = queues.into_iter().map(|(receive, transmit)| {
-                let receive = Inlet::Card(Box::new(CardReceive::new(receive)));
+            let queues = queues.into_iter().map(|(receive, bell, transmit)| {
+                let receive = Inlet::Card(Box::new(CardReceive::new(receive, bell)));
                 (receive, Sinks::Card(Box::new(CardSend::new(transmit))))
             });
             Ok(Opened { queues: queues.collect(), features: 0, card: Some(card), xdp: None, node })

@@ -4,6 +4,7 @@
 //! driver's buffers.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use port::{
@@ -33,7 +34,7 @@ impl Receiving {
     pub(super) fn new(inlet: Inlet) -> io::Result<Self> {
         let waker = match &inlet {
             Inlet::Device(source) => each!(Sources, source, s => s.waker()),
-            Inlet::Card(_) => None,
+            Inlet::Card(card) => card.bell.as_ref().map(AsFd::as_fd),
         };
         // A descriptor of its own: epoll forgets one when it is closed, and the device keeps its.
         let wake = waker.map(|fd| fd.try_clone_to_owned().map(Kick::new)).transpose()?;
@@ -96,13 +97,30 @@ impl DeviceRx {
     pub(crate) fn arm(&self, owner: &mut Owner, sleeper: &Arc<Sleeper>) -> bool {
         let Some(mut entered) = self.state.enter(owner) else { return true };
         let Some(receiving) = entered.ring.as_mut().filter(|r| !r.broken) else { return false };
-        // Nothing of a card wakes anybody yet: its worker polls on.
-        let Inlet::Device(source) = &mut receiving.inlet else { return true };
-        let Some(wake) = &mut receiving.wake else { return false };
-        wake.watch(sleeper);
-        each!(Sources, source, s => s.before_sleep());
-        // What came since the device last had nothing is heard: each arrival is an event, and so is the first watch.
-        receiving.look(&self.port, 1) > 0
+        match &mut receiving.inlet {
+            Inlet::Device(source) => {
+                let Some(wake) = &mut receiving.wake else { return false };
+                wake.watch(sleeper);
+                each!(Sources, source, s => s.before_sleep());
+                // What came since the device last had nothing is heard: each arrival is an event, and so is the first watch.
+                receiving.look(&self.port, 1) > 0
+            }
+            Inlet::Card(card) => {
+                // A card without interrupts wakes nobody: its worker polls on.
+                let Some(wake) = &mut receiving.wake else { return true };
+                wake.watch(sleeper);
+                card.queue.arm()
+            }
+        }
+    }
+
+    /// After a worker slept, or did not after all: a card's interrupts cost time that polling has better use for.
+    pub(crate) fn disarm(&self, owner: &mut Owner) {
+        if let Some(mut entered) = self.state.enter(owner)
+            && let Some(Receiving { inlet: Inlet::Card(card), wake: Some(_), .. }) = entered.ring.as_mut()
+        {
+            card.queue.disarm();
+        }
     }
 }
 

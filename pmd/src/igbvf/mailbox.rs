@@ -121,3 +121,37 @@ impl Mailbox {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+    use std::sync::Mutex;
+
+    /// A mailbox that reads as it is told, time after time, and then as nothing.
+    struct Told(Mutex<VecDeque<u32>>);
+
+    impl Bar for Told {
+        fn read32(&self, offset: u32) -> u32 {
+            // What lies in it does not matter here.
+            if offset < 0xC40 { 0 } else { self.0.lock().unwrap().pop_front().unwrap_or(0) }
+        }
+        fn write32(&self, _: u32, _: u32) {}
+        fn pause(&self, _: Duration) {}
+    }
+
+    #[test]
+    fn an_answer_that_may_not_be_read_is_waited_for_no_longer_than_two_seconds() {
+        let (vfu, pfsts) = (V2PMAILBOX::VFU.value(), V2PMAILBOX::PFSTS.value());
+        let regs = Regs::new(Told(Mutex::new([vfu, pfsts].into())));
+        let error = Mailbox::default().ask(&regs, &[1]).unwrap_err();
+        assert_eq!(error.to_string(), "V2PMAILBOX.VFU: wanted 0x4, read 0x0 for 2s");
+    }
+
+    #[test]
+    fn a_function_that_is_gone_is_waited_for_no_more() {
+        let regs = Regs::new(Told(Mutex::new([GONE].into())));
+        let error = Mailbox::default().ask(&regs, &[1]).unwrap_err();
+        assert_eq!(error, WaitError::Gone { register: "V2PMAILBOX.VFU".into() });
+    }
+}

@@ -2,6 +2,8 @@
 
 mod mailbox;
 mod regs;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -5,13 +5,15 @@ pub(crate) mod core;
 mod descriptors;
 pub(crate) mod filter;
 pub(crate) mod functions;
+#[cfg(test)]
+mod hostile_tests;
 mod receive;
 pub(crate) mod regs;
 #[cfg(test)]
 pub(crate) mod standin;
 mod statistics;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod transmit;
 
 use std::time::Duration;

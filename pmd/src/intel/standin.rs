@@ -1,7 +1,7 @@
 //! A stand-in for an Intel card: registers and rings in memory, and whoever holds it plays the device. For what no model does on
 //! request: registers that hang, write-backs that no device should make, and counting instructions.
 //!
-//! Shared by the unit tests and the example `driver_cost`, which is why it says `pmd` for its own crate.
+//! Shared by the unit tests, the example `driver_cost` and a fuzz target, which is why it says `pmd` for its own crate.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -104,6 +104,20 @@ impl Standin {
     pub(crate) fn read(&self, ring: u32, at: u32) -> [u64; 2] {
         // SAFETY: as above.
         unsafe { self.descriptor(ring, at).read_volatile() }
+    }
+}
+
+/// A virtual function's mailbox: V2PMAILBOX and VMBMEM.
+pub(crate) const MAILBOX: u32 = 0x0C40;
+pub(crate) const MAILBOX_MEMORY: u32 = 0x0800;
+
+impl Standin {
+    /// Its adapter answers at once, and grants whatever it is asked: the question is the answer, with ACK. Then comes an address.
+    pub(crate) fn adapter_that_grants(&self) {
+        let mut stuck = self.stuck.lock().unwrap();
+        stuck.push((MAILBOX, 1 << 4, 1 << 4));
+        stuck.push((MAILBOX_MEMORY, 1 << 31, 1 << 31));
+        stuck.push((MAILBOX_MEMORY + 4, u32::MAX, 0x0000_0002));
     }
 }
 

@@ -20,13 +20,16 @@ pub(super) struct State {
     status: u8,
     select: u32,
     queue: usize,
+    /// No link; a reset that does not end.
+    pub(super) no_link: bool,
+    pub(super) no_reset: bool,
     /// Descriptors, driver area, device area of each queue.
     pub(super) areas: [[u64; 3]; 2],
 }
 
 /// The device.
 pub(super) struct Standin {
-    config: [AtomicU32; 64],
+    pub(super) config: [AtomicU32; 64],
     features: u64,
     pub(super) state: Arc<Mutex<State>>,
     space: Arc<Identity>,
@@ -98,14 +101,17 @@ impl NarrowBar for Registers {
     }
     fn write8(&self, offset: u32, value: u8) {
         if offset == 20 {
-            self.state.lock().unwrap().status = value;
+            let mut state = self.state.lock().unwrap();
+            if value != 0 || !state.no_reset {
+                state.status = value;
+            }
         }
     }
     fn read16(&self, offset: u32) -> u16 {
         match offset {
             24 => SIZE,
             // A link.
-            o if o == OWN + 6 => 1,
+            o if o == OWN + 6 => u16::from(!self.state.lock().unwrap().no_link),
             _ => 0,
         }
     }

@@ -110,6 +110,28 @@ fn a_device_that_uses_what_it_has_not_stops_its_port_with_a_reason() {
     }
 }
 
+#[test]
+fn a_link_that_never_comes_is_waited_for_no_longer_than_was_said() {
+    let mut world = World::new(false, true);
+    world.card.state.lock().unwrap().no_link = true;
+    let error = world.opened.nic.wait_for_link(Duration::from_secs(2)).unwrap_err();
+    assert_eq!(error.to_string(), "status.LINK_UP: wanted 0x1, read 0x0 for 2s");
+    assert!(!world.opened.nic.link().unwrap().up);
+}
+
+#[test]
+fn a_reset_that_never_ends_keeps_a_device_from_starting_and_from_memory() {
+    let world = World::new(true, true);
+    let (card, arena) = (world.card.clone(), world.arena.clone());
+    card.state.lock().unwrap().no_reset = true;
+    drop(world);
+    let command = card.config[1].load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(command & 4, 0, "it was stopped all the same");
+    let error = VirtioNet::open(card.clone(), &arena, Options::default()).err().unwrap();
+    assert_eq!(error.to_string(), "device_status: wanted 0x0, read 0xf for 500ms");
+    assert_eq!(card.config[1].load(std::sync::atomic::Ordering::Relaxed) & 4, 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 300 }))]
 

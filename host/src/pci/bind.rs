@@ -25,7 +25,7 @@ pub enum BindError {
     /// No IOMMU protects memory from it.
     #[error(
         "{0} is in no IOMMU group: switch the IOMMU on (VT-d or AMD-Vi in the firmware's settings; `intel_iommu=on` on the \
-         kernel's command line for Intel), or keep the card with the kernel and use `kind = \"packet\"`"
+         kernel's command line for Intel), or keep the card with the kernel and use `kind = \"af_packet\"`"
     )]
     NoIommu(Bdf),
     /// The kernel's part is not loaded.

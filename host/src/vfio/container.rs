@@ -59,7 +59,12 @@ impl Container {
     /// # Errors
     /// The kernel's part is not there, or another one.
     pub fn new() -> Result<Arc<Self>, VfioError> {
-        let path = Path::new(FOLDER).join("vfio");
+        Self::in_folder(Path::new(FOLDER))
+    }
+
+    /// By the files in `folder`.
+    fn in_folder(folder: &Path) -> Result<Arc<Self>, VfioError> {
+        let path = folder.join("vfio");
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(VfioError::NoVfio)?;
         let version = sys::with_number(file.as_fd(), sys::GET_API_VERSION, 0);
         let type1 = sys::with_number(file.as_fd(), sys::CHECK_EXTENSION, VFIO_TYPE1v2_IOMMU.into());
@@ -271,4 +276,27 @@ fn locked() -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) << 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(folder: &Path) -> String {
+        Container::in_folder(folder).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_machine_whose_kernel_lacks_a_part_is_told_which_modules_to_load() {
+        let folder = tempfile::tempdir().unwrap();
+        let none = refused(folder.path());
+        assert!(none.contains("has no /dev/vfio/vfio (No such file or directory"), "{none}");
+        assert!(none.ends_with("modprobe vfio-pci vfio_iommu_type1"), "{none}");
+        // A file that answers no such question.
+        std::fs::write(folder.path().join("vfio"), "").unwrap();
+        assert!(
+            refused(folder.path())
+                .ends_with("knows no IOMMU of type 1, version 2: modprobe vfio_iommu_type1")
+        );
+    }
 }

@@ -72,6 +72,18 @@ pub struct Device {
     request: Option<EventFd>,
 }
 
+/// What the kernel means by not opening a function: vfio_pci_validate_vf_token says which is which.
+fn refusal(source: io::Error, bdf: Bdf, group: u32, physical: Option<Bdf>, with_token: bool) -> VfioError {
+    match (source.raw_os_error(), physical, with_token) {
+        (Some(libc::EACCES), Some(physical), false) => VfioError::NoToken { bdf, physical },
+        (Some(libc::EACCES), Some(physical), true) => VfioError::WrongToken { bdf, physical },
+        (Some(libc::EACCES), None, _) => VfioError::PhysicalToken(bdf),
+        (Some(libc::EINVAL), _, true) => VfioError::TokenUnwanted(bdf),
+        (Some(libc::EBUSY), ..) => VfioError::Busy { bdf, group },
+        _ => VfioError::Kernel { what: bdf.to_string(), doing: "opening it", source },
+    }
+}
+
 impl Device {
     /// Opens a function of a group that is in `container`.
     pub(super) fn open(
@@ -91,15 +103,8 @@ impl Device {
         .into_bytes();
         // SAFETY: the request takes a text that ends with a zero.
         let opened = unsafe { sys::with_bytes(group_file.as_fd(), sys::GROUP_GET_DEVICE_FD, &mut name) };
-        // vfio_pci_validate_vf_token says which is which.
-        let fd: RawFd = opened.map_err(|source| match (source.raw_os_error(), function.physical, token) {
-            (Some(libc::EACCES), Some(physical), None) => VfioError::NoToken { bdf, physical },
-            (Some(libc::EACCES), Some(physical), Some(_)) => VfioError::WrongToken { bdf, physical },
-            (Some(libc::EACCES), None, _) => VfioError::PhysicalToken(bdf),
-            (Some(libc::EINVAL), _, Some(_)) => VfioError::TokenUnwanted(bdf),
-            (Some(libc::EBUSY), ..) => VfioError::Busy { bdf, group },
-            _ => failed("opening it")(source),
-        })?;
+        let why = |source| refusal(source, bdf, group, function.physical, token.is_some());
+        let fd: RawFd = opened.map_err(why)?;
         // SAFETY: the kernel made this descriptor for us just now.
         let file = unsafe { File::from_raw_fd(fd) };
         let size = |n: usize| n as u32;
@@ -296,5 +301,37 @@ impl Drop for Device {
         // First the function, then perhaps its group, then perhaps the IOMMU.
         drop(self.file.take());
         self.container.leave(self.group);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_function_that_is_not_opened_is_told_why_and_what_to_do() {
+        let (bdf, physical) = ("0000:01:10.0".parse().unwrap(), Some("0000:01:00.0".parse().unwrap()));
+        let said = |code, physical, token| {
+            refusal(io::Error::from_raw_os_error(code), bdf, 7, physical, token).to_string()
+        };
+        for (text, wanted) in [
+            (
+                said(libc::EACCES, physical, false),
+                "0000:01:10.0 is a virtual function of 0000:01:00.0, which is with vfio-pci: give the token",
+            ),
+            (
+                said(libc::EACCES, physical, true),
+                "give both the same `vf_token`, and start the user of 0000:01:00.0",
+            ),
+            (said(libc::EACCES, None, true), "end their users first"),
+            (said(libc::EINVAL, None, true), "take `vf_token` out"),
+            (
+                said(libc::EBUSY, None, false),
+                "another process has /dev/vfio/7 (fuser /dev/vfio/7 shows which)",
+            ),
+            (said(libc::ENODEV, None, false), "0000:01:10.0: opening it: No such device"),
+        ] {
+            assert!(text.contains(wanted), "{text}");
+        }
     }
 }

@@ -209,6 +209,7 @@ pub fn try_open(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::tests::Machine;
 
     #[test]
     fn a_limit_that_is_too_small_is_told_with_the_number_and_the_command() {
@@ -217,5 +218,35 @@ mod tests {
             text,
             "cannot pin 65 MiB of memory for devices, the limit is 8 MiB: ulimit -l 65537, or LimitMEMLOCK=65M in the service's unit"
         );
+    }
+
+    #[test]
+    fn a_function_that_cannot_be_opened_is_told_why_and_what_to_do() {
+        let machine = Machine::new();
+        let card = |bdf, driver, group| machine.card(bdf, 0x10d3, driver, group);
+        let ours = card("0000:01:00.0", Some("vfio-pci"), Some(3));
+        assert!(check(machine.root(), ours).is_ok());
+        let kernels = card("0000:02:00.0", Some("e1000e"), Some(4));
+        let nobodys = card("0000:03:00.0", None, Some(5));
+        let bare = card("0000:04:00.0", Some("vfio-pci"), None);
+        let together = card("0000:05:00.0", Some("vfio-pci"), Some(6));
+        card("0000:05:00.1", Some("e1000e"), Some(6));
+        card("0000:05:00.2", None, Some(6));
+        for (bdf, wanted) in [
+            (
+                "0000:09:00.0".parse().unwrap(),
+                "there is no PCI function 0000:09:00.0; `cableway nic list` shows",
+            ),
+            (kernels, "not bound to vfio-pci (its driver is e1000e): cableway nic bind 0000:02:00.0"),
+            (nobodys, "not bound to vfio-pci (it has no driver): cableway nic bind 0000:03:00.0"),
+            (bare, "0000:04:00.0 is in no IOMMU group: switch the IOMMU on"),
+            (
+                together,
+                "IOMMU group 6 also holds 0000:05:00.1, which the kernel drives; bind them too: cableway nic bind 0000:05:00.1",
+            ),
+        ] {
+            let text = check(machine.root(), bdf).unwrap_err().to_string();
+            assert!(text.contains(wanted), "{text}");
+        }
     }
 }

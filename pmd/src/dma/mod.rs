@@ -16,10 +16,12 @@
 mod block;
 mod pool;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use host::memory::{MemoryError, Pages, SharedMemory};
+use host::topology::{self, HugePool};
 
 use crate::access::{IovaSpace, MapError};
 
@@ -184,6 +186,33 @@ struct Ledger {
     retired: Vec<(u32, u32)>,
 }
 
+/// What to do about `len` bytes that found no huge pages, on their node if that matters.
+fn advice(len: usize, node: Option<u32>, pools: &[HugePool]) -> String {
+    const HUGE: u64 = 2 << 20;
+    let needed = (len as u64).div_ceil(HUGE);
+    let pools = || pools.iter().filter(|pool| pool.page_size == HUGE);
+    let here = || pools().filter(|pool| node.is_none_or(|node| pool.node == node));
+    let (free, total) = here().fold((0, 0), |(f, t), pool| (f + pool.free, t + pool.total));
+    let elsewhere: Vec<String> = pools()
+        .filter(|pool| node.is_some_and(|node| pool.node != node) && pool.free > 0)
+        .map(|pool| format!("{} on node {}", pool.free, pool.node))
+        .collect();
+    let far = match &elsewhere[..] {
+        [] => String::new(),
+        some => format!(" (there are {}, far from the card)", some.join(" and ")),
+    };
+    let place = node.map_or_else(String::new, |node| format!(" on its node {node}"));
+    let file = match node {
+        Some(node) => format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages"),
+        None => "/proc/sys/vm/nr_hugepages".to_owned(),
+    };
+    let more = total + needed.saturating_sub(free);
+    format!(
+        "the cards' memory is in {}: it takes {needed} huge pages of 2 MiB{place}, and {free} are free{far}: echo {more} > {file}",
+        Pages::Ordinary
+    )
+}
+
 impl Arena {
     /// Makes an arena and maps it into `space`, as one run. Warns (in the log) where it got ordinary pages.
     ///
@@ -197,11 +226,8 @@ impl Arena {
         let buffers_at = rings.next_multiple_of(4096);
         let memory = SharedMemory::new(buffers_at + buffers as usize * STRIDE as usize, pages, node)?;
         if memory.pages() == Pages::Ordinary {
-            tracing::warn!(
-                "the cards' memory is in {}: set huge pages aside (echo {} > /proc/sys/vm/nr_hugepages) for speed",
-                memory.pages(),
-                memory.len().div_ceil(2 << 20),
-            );
+            let pools = topology::huge_pools(Path::new("/"));
+            tracing::warn!("{}", advice(memory.len(), node, &pools));
         }
         let iova = space.map(&memory)?;
         let link = || Link { next: AtomicU32::new(NONE), home: AtomicU32::new(NONE) };
@@ -293,6 +319,22 @@ mod tests {
             space.0.lock().unwrap()[1],
             format!("unmap 0x100000000 {len}, memory there: true"),
             "once, and before the memory"
+        );
+    }
+
+    #[test]
+    fn huge_pages_on_the_wrong_node_are_told_with_the_number_and_the_file_of_the_right_one() {
+        let pool = |node, page_size, total, free| HugePool { node, page_size, total, free };
+        let pools = [pool(0, 2 << 20, 64, 60), pool(1, 2 << 20, 3, 1), pool(1, 1 << 30, 9, 9)];
+        assert_eq!(
+            advice(9 << 20, Some(1), &pools),
+            "the cards' memory is in ordinary 4 KiB pages: it takes 5 huge pages of 2 MiB on its node 1, and 1 are free (there are 60 \
+             on node 0, far from the card): echo 7 > /sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages"
+        );
+        assert_eq!(
+            advice(2 << 20, None, &[]),
+            "the cards' memory is in ordinary 4 KiB pages: it takes 1 huge pages of 2 MiB, and 0 are free: echo 1 > \
+             /proc/sys/vm/nr_hugepages"
         );
     }
 

@@ -28,8 +28,9 @@ pub(crate) enum TuneCommand {
     Cmdline(ProfileArgs),
     /// Write that as a drop-in file of GRUB; `update-grub` and a restart make it work.
     Grub(GrubArgs),
-    /// The profiles that there are, or one of them whole.
-    Profile(ShowArgs),
+    /// The profiles that there are; or one of them whole, with its reasons.
+    #[command(subcommand_required = false)]
+    Profile(ProfileCommand),
 }
 
 #[derive(Args)]
@@ -81,9 +82,26 @@ pub(crate) struct GrubArgs {
 }
 
 #[derive(Args)]
-pub(crate) struct ShowArgs {
-    /// One of them; without it, a list.
-    name: Option<String>,
+pub(crate) struct ProfileCommand {
+    #[command(subcommand)]
+    what: Option<ProfileWhat>,
+}
+
+#[derive(Subcommand)]
+enum ProfileWhat {
+    /// The profiles that there are.
+    List,
+    /// One of them: each knob with its value, why, and who says so.
+    Show(ShowArgs),
+}
+
+#[derive(Args)]
+struct ShowArgs {
+    /// `nfv`, `realtime`, or a file (TOML).
+    name: String,
+    /// Print a built-in profile as it is written, to make one of your own from it.
+    #[arg(long)]
+    toml: bool,
 }
 
 /// Where it is saved what was there before.
@@ -142,7 +160,8 @@ pub(crate) fn run(command: &TuneCommand) -> Result<ExitCode> {
             Ok((profile, division)) => grub(&args.file, &words(&profile, &division)),
             Err(error) => Ok(refuse(error)),
         },
-        TuneCommand::Profile(args) => profiles(args.name.as_deref()),
+        TuneCommand::Profile(ProfileCommand { what: None | Some(ProfileWhat::List) }) => profiles(),
+        TuneCommand::Profile(ProfileCommand { what: Some(ProfileWhat::Show(args)) }) => profile(args),
     }
 }
 
@@ -173,21 +192,51 @@ fn show(lines: &[Line], json: bool, giving_back: bool) -> Result<ExitCode> {
     Ok(if lines.iter().any(bad) { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// A row for all places of a knob that are alike.
 fn table(lines: &[Line]) -> String {
-    let mut table = output::table(&["knob", "now", "wanted", "effect", "file"], &[]);
+    let mut rows: Vec<([&str; 3], String, Vec<&Line>)> = Vec::new();
     for line in lines {
         let effect = match &line.effect {
             Effect::AsWanted => "as wanted".to_owned(),
             Effect::Differs => "differs".to_owned(),
             Effect::Set => "set".to_owned(),
             Effect::GivenBack => "given back".to_owned(),
-            Effect::Refused(why) => format!("refused: {why}"),
+            Effect::Refused(_) => "refused".to_owned(),
             Effect::Missing => "not on this machine".to_owned(),
         };
-        let file = line.file.display().to_string();
-        table.add_row([&line.knob, &line.now, &line.wanted, &effect, &file]);
+        let head = [line.knob.as_str(), &line.now, &line.wanted];
+        match rows.iter_mut().find(|row| row.0 == head && row.1 == effect) {
+            Some(row) => row.2.push(line),
+            None => rows.push((head, effect, vec![line])),
+        }
     }
-    format!("{}\n", table.trim_fmt())
+    // Places of one knob that are not alike come together.
+    let mut knobs: Vec<&str> = Vec::new();
+    lines.iter().for_each(|line| {
+        if !knobs.contains(&line.knob.as_str()) {
+            knobs.push(&line.knob);
+        }
+    });
+    rows.sort_by_key(|row| knobs.iter().position(|knob| *knob == row.0[0]));
+    let mut table = output::table(&["knob", "now", "wanted", "effect", "where"], &[]);
+    let mut reasons: Vec<String> = Vec::new();
+    for ([knob, now, wanted], effect, places) in rows {
+        for line in &places {
+            if let Effect::Refused(why) = &line.effect {
+                let reason = format!("{knob} refused: {why}");
+                reasons.extend((!reasons.contains(&reason)).then_some(reason));
+            }
+        }
+        let place = places.first().map_or_else(String::new, |line| match &line.thread {
+            Some(thread) => format!("{} ({thread})", line.file.display()),
+            None => line.file.display().to_string(),
+        });
+        let more = if places.len() > 1 { format!(" and {} more", places.len() - 1) } else { String::new() };
+        table.add_row([knob, now, wanted, &effect, &(place + &more)]);
+    }
+    let mut text = format!("{}\n", table.trim_fmt());
+    reasons.iter().for_each(|reason| text += &format!("\n{reason}\n"));
+    text
 }
 
 fn words(profile: &Profile, division: &Division) -> String {
@@ -209,25 +258,68 @@ fn grub(file: &Path, words: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn profiles(name: Option<&str>) -> Result<ExitCode> {
-    let Some(name) = name else {
-        let mut table = output::table(&["profile", "knobs", "for"], &[1]);
-        for (name, _) in BUILT_IN {
-            let profile = Profile::load(name)?;
-            table.add_row([(*name).to_owned(), profile.knobs.len().to_string(), profile.about]);
-        }
-        output::print(&format!("{}\n", table.trim_fmt()))?;
-        return Ok(ExitCode::SUCCESS);
+fn profiles() -> Result<ExitCode> {
+    let mut table = output::table(&["profile", "knobs", "for"], &[1]);
+    for (name, _) in BUILT_IN {
+        let profile = Profile::load(name)?;
+        table.add_row([(*name).to_owned(), profile.knobs.len().to_string(), profile.about]);
+    }
+    output::print(&format!("{}\n", table.trim_fmt()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A profile whole, with what it extends.
+fn profile(args: &ShowArgs) -> Result<ExitCode> {
+    let profile = match Profile::load(&args.name) {
+        Ok(profile) => profile,
+        Err(error) => return Ok(refuse(error)),
     };
-    match BUILT_IN.iter().find(|(built_in, _)| *built_in == name) {
-        Some((_, text)) => {
-            // As it is written: with its reasons, and what it extends by name.
-            output::print(text)?;
-            Ok(ExitCode::SUCCESS)
-        }
-        None => Ok(refuse(match Profile::load(name) {
-            Err(error) => error.to_string(),
-            Ok(_) => format!("{name} is a file: read it"),
-        })),
+    if args.toml {
+        let Some((_, text)) = BUILT_IN.iter().find(|(built_in, _)| *built_in == args.name) else {
+            return Ok(refuse(format!("{} is a file: read it", args.name)));
+        };
+        output::print(text)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text =
+        format!("{}: {}\n\ncommand line: {}\n", args.name, profile.about, profile.cmdline.join(" "));
+    for knob in &profile.knobs {
+        let (name, value, place, why, source) =
+            (&knob.name, knob.value(), knob.place(), &knob.why, &knob.source);
+        text += &format!("\n{name} = {value}\n  where: {place}\n  why: {why}\n  source: {source}\n");
+    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_that_are_alike_share_a_row_and_threads_have_a_name() {
+        let line = |knob: &str, file: &str, thread: Option<&str>, now: &str| Line {
+            knob: knob.to_owned(),
+            file: file.into(),
+            thread: thread.map(str::to_owned),
+            now: now.to_owned(),
+            wanted: "0-1".to_owned(),
+            effect: Effect::Differs,
+        };
+        let text = table(&[
+            line("irq", "/proc/irq/1/x", None, "0-3"),
+            line("irq", "/proc/irq/2/x", None, "3"),
+            line("threads", "/proc/30", Some("kswapd0"), "0-3"),
+            line("irq", "/proc/irq/3/x", None, "0-3"),
+        ]);
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["irq", "0-3", "0-1", "differs", "/proc/irq/1/x", "and", "1", "more"]);
+        assert_eq!(rows[2], ["irq", "3", "0-1", "differs", "/proc/irq/2/x"]);
+        assert_eq!(rows[3], ["threads", "0-3", "0-1", "differs", "/proc/30", "(kswapd0)"]);
+        assert_eq!(rows.len(), 4);
+        let refused =
+            Line { effect: Effect::Refused("managed".to_owned()), ..line("irq", "/proc/irq/9/x", None, "3") };
+        let text = table(&[refused.clone(), refused]);
+        assert!(text.ends_with("\n\nirq refused: managed\n"), "{text}");
     }
 }

@@ -9,6 +9,7 @@ pub mod fault;
 pub mod huge_pool;
 pub mod machine;
 pub mod memory;
+pub mod partition;
 pub mod pci;
 pub mod plan;
 pub mod program;

@@ -82,9 +82,7 @@ impl Machine {
     /// The kernel does not say which cores there are.
     pub fn read(root: &Path) -> Result<Self, TopologyError> {
         let online = topology::online_cores(root)?;
-        let isolated: CoreSet = text(&root.join("sys/devices/system/cpu/isolated"))
-            .and_then(|t| t.parse().ok())
-            .unwrap_or_default();
+        let isolated = topology::boot_isolated_cores(root);
         let cores: BTreeMap<u32, Core> =
             online.iter().map(|n| (n, core(root, n, &online, isolated.contains(n)))).collect();
         Ok(Self { nodes: nodes(root, &cores), cores, functions: pci::list(root) })

@@ -1,10 +1,12 @@
 //! The calling thread: which core it runs on, and the name that `top -H` shows.
 
 use std::ffi::CString;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use core_affinity::CoreId;
 
+use crate::partition::Hierarchy;
 use crate::topology::{self, CoreSet, TopologyError};
 
 /// Why a thread could not be pinned.
@@ -29,12 +31,26 @@ pub enum PinError {
         /// What the thread may use.
         permitted: CoreSet,
     },
+    /// The core is in the isolated partition, which the thread cannot join.
+    #[error(
+        "core {core} is in the isolated partition {}, which this thread cannot join: {source}; start it as root, or give the core \
+         back with cableway tune restore", folder.display()
+    )]
+    Partition {
+        /// The core asked for.
+        core: u32,
+        /// The partition.
+        folder: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The machine could not be read.
     #[error(transparent)]
     Topology(#[from] TopologyError),
 }
 
-/// Pins the calling thread to `core`. From then on it runs nowhere else, and neither do threads that it starts.
+/// Pins the calling thread to `core`. From then on it runs nowhere else, and neither do threads that it starts. A core of the
+/// isolated partition has only threads that joined it: this one does.
 ///
 /// # Errors
 /// The core does not exist, or the process may not use it.
@@ -44,6 +60,11 @@ pub fn pin(core: u32) -> Result<(), PinError> {
     let addressable = libc::CPU_SETSIZE.unsigned_abs();
     if core >= addressable || !online.contains(core) {
         return Err(PinError::NoSuchCore { core, online });
+    }
+    let partition = Hierarchy::find(Path::new("/")).filter(|groups| groups.cores().contains(core));
+    if let Some(groups) = &partition {
+        let failed = |source| PinError::Partition { core, folder: groups.folder(), source };
+        groups.join().map_err(failed)?;
     }
     if core_affinity::set_for_current(CoreId { id: core as usize }) {
         return Ok(());

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::{fs, io};
 
+use crate::partition::Hierarchy;
+
 /// The most cores that a list may name: four times what Linux can be built for.
 const MAX_CORES: u32 = 32_768;
 
@@ -59,6 +61,38 @@ impl CoreSet {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// As the kernel writes masks: 32 bits a group, the highest first.
+    pub fn mask(&self) -> String {
+        let highest = self.iter().max().unwrap_or(0);
+        let group = |n: u32| -> u32 {
+            self.iter().filter(|core| core / 32 == n).fold(0, |bits, core| bits | 1 << (core % 32))
+        };
+        let groups: Vec<String> = (0..=highest / 32).rev().map(|n| format!("{:08x}", group(n))).collect();
+        groups.join(",")
+    }
+
+    /// What a mask of the kernel's means.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn from_mask(mask: &str) -> Result<Self, NotACoreList> {
+        let digits: Vec<u32> = mask
+            .trim()
+            .chars()
+            .rev()
+            .filter(|digit| *digit != ',')
+            .map(|digit| digit.to_digit(16).ok_or(NotACoreList))
+            .collect::<Result<_, _>>()?;
+        if digits.len() > MAX_CORES as usize / 4 {
+            return Err(NotACoreList);
+        }
+        let bits = |(digit, place): (&u32, u32)| {
+            let digit = *digit;
+            (0..4).filter(move |bit| digit >> bit & 1 == 1).map(move |bit| 4 * place + bit)
+        };
+        Ok(digits.iter().zip(0u32..).flat_map(bits).collect())
     }
 }
 
@@ -128,9 +162,9 @@ pub fn permitted_cores() -> Result<CoreSet, TopologyError> {
         .collect())
 }
 
-/// The cores that this process can have its threads run on: those that it may run on, and those that the kernel isolated at its
-/// start (`isolcpus=`), which nobody runs on who does not ask for it. A cpuset that forbids one of them says so when a thread is
-/// pinned. Ask before pinning.
+/// The cores that this process can have its threads run on: those that it may run on, and those that nobody runs on who does not
+/// ask for it: isolated by the kernel at its start (`isolcpus=`), or by our partition. A cpuset that forbids one of them says so
+/// when a thread is pinned. Ask before pinning.
 ///
 /// # Errors
 /// [`TopologyError::Affinity`].
@@ -139,9 +173,15 @@ pub fn usable_cores(root: &Path) -> Result<CoreSet, TopologyError> {
 }
 
 fn with_isolated(root: &Path, permitted: &CoreSet) -> CoreSet {
+    let boot = boot_isolated_cores(root);
+    let partition = Hierarchy::find(root).map(|groups| groups.cores()).unwrap_or_default();
+    permitted.iter().chain(boot.iter()).chain(partition.iter()).collect()
+}
+
+/// The cores that the kernel took from the scheduler at its start (`isolcpus=`).
+pub fn boot_isolated_cores(root: &Path) -> CoreSet {
     // A kernel without that file isolates none.
-    let isolated = core_list(root.join("sys/devices/system/cpu/isolated")).unwrap_or_default();
-    permitted.iter().chain(isolated.iter()).collect()
+    core_list(root.join("sys/devices/system/cpu/isolated")).unwrap_or_default()
 }
 
 /// The cores that are switched on.
@@ -308,6 +348,10 @@ mod tests {
             assert_eq!(text.parse::<CoreSet>(), Err(NotACoreList), "{text}");
         }
         assert!("\n".parse::<CoreSet>().unwrap().is_empty());
+        for mask in ["x", "0-1", &"f".repeat(10_000)] {
+            assert_eq!(CoreSet::from_mask(mask), Err(NotACoreList), "{mask}");
+        }
+        assert_eq!(CoreSet::from_mask("00000001,00000003\n").unwrap().to_string(), "0-1,32");
     }
 
     #[test]
@@ -322,6 +366,7 @@ mod tests {
         #[test]
         fn any_set_of_cores_survives_being_written_and_read(cores in proptest::collection::btree_set(0..MAX_CORES, 0..40)) {
             let set: CoreSet = cores.into_iter().collect();
+            prop_assert_eq!(CoreSet::from_mask(&set.mask()), Ok(set.clone()));
             prop_assert_eq!(set.to_string().parse::<CoreSet>(), Ok(set));
         }
     }

@@ -1,20 +1,28 @@
 //! Tuning: the kernel's knobs that a host of packets wants set otherwise, and everything back as it was.
 //!
 //! Owns what is done with a profile's knobs: looking, setting, and giving back. What the knobs are is data
-//! ([`profile`]); what was found before is on disk before anything is changed ([`saved`]).
+//! ([`profile`]), where their values are is `place`; what was found before is on disk before anything is changed ([`saved`]).
 
+mod place;
 pub mod profile;
 pub mod saved;
+mod thread;
 
-use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::topology::CoreSet;
-use profile::{Form, Knob, Profile};
+use crate::partition;
+use crate::topology::{self, CoreSet};
+use place::{Group, Place};
+use profile::{Knob, Profile};
 use saved::{Saved, SavedError};
+use thread::Aspect;
+
+/// What a knob with a partition is made of.
+const CONTROLLER: Place = Place::Group { group: Group::Controller };
+const PARTITION: Place = Place::Group { group: Group::Partition };
 
 /// The cores of a machine, as a profile divides them.
 #[derive(Clone, Debug)]
@@ -61,7 +69,7 @@ impl Division {
     pub fn fill(&self, text: &str) -> String {
         text.replace("{isolated}", &self.isolated.to_string())
             .replace("{housekeeping}", &self.housekeeping.to_string())
-            .replace("{housekeeping:mask}", &mask(&self.housekeeping))
+            .replace("{housekeeping:mask}", &self.housekeeping.mask())
     }
 }
 
@@ -83,13 +91,16 @@ pub enum Effect {
     Missing,
 }
 
-/// One file of a knob.
+/// One place of a knob.
 #[derive(Clone, Debug, Serialize)]
 pub struct Line {
     /// The knob's name.
     pub knob: String,
-    /// The file.
+    /// The file, or the folder of a thread.
     pub file: PathBuf,
+    /// The name of a kernel thread, if it is about one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thread: Option<String>,
     /// What it holds, or held before.
     pub now: String,
     /// What it should hold.
@@ -100,30 +111,60 @@ pub struct Line {
 
 /// Looks at every knob of a profile.
 pub fn check(root: &Path, profile: &Profile, division: &Division) -> Vec<Line> {
-    let mut lines = Vec::new();
+    look(root, profile, division).into_iter().map(|(line, _)| line).collect()
+}
+
+/// What there is, and where.
+fn look(root: &Path, profile: &Profile, division: &Division) -> Vec<(Line, Option<Place>)> {
+    let mut found = Vec::new();
     for knob in &profile.knobs {
-        let wanted = division.fill(&knob.value);
-        let files = knob.files(root);
-        if files.is_empty() {
-            let file = PathBuf::from(&knob.file);
-            lines.push(Line {
-                knob: knob.name.clone(),
-                file,
-                now: "-".to_owned(),
-                wanted: wanted.clone(),
-                effect: Effect::Missing,
-            });
+        let (places, wanted) = (knob.places(root, division), knob.wanted(division));
+        if places.is_empty() {
+            let (knob, file) = (knob.name.clone(), knob.place().into());
+            let now = "-".to_owned();
+            found.push((
+                Line { knob, file, thread: None, now, wanted: wanted.clone(), effect: Effect::Missing },
+                None,
+            ));
         }
-        for file in files {
-            let (now, effect) = match read(root, &file, knob.form) {
-                Ok(now) if good(knob, &now, &wanted) => (now, Effect::AsWanted),
-                Ok(now) => (now, Effect::Differs),
-                Err(error) => ("-".to_owned(), Effect::Refused(error.to_string())),
-            };
-            lines.push(Line { knob: knob.name.clone(), file, now, wanted: wanted.clone(), effect });
+        for place in places {
+            let wanted = if place == CONTROLLER { "on".to_owned() } else { wanted.clone() };
+            found.push((line(root, knob, &place, wanted, division), Some(place)));
         }
     }
-    lines
+    found
+}
+
+fn line(root: &Path, knob: &Knob, place: &Place, wanted: String, division: &Division) -> Line {
+    let (file, thread) = place.shown(root);
+    let line = |now: String, wanted, effect| Line {
+        knob: knob.name.clone(),
+        file: file.clone(),
+        thread: thread.clone(),
+        now,
+        wanted,
+        effect,
+    };
+    let now = match place.get(root) {
+        Ok(now) => now,
+        Err(error) => return line("-".to_owned(), wanted, Effect::Refused(error.to_string())),
+    };
+    let wanted = place.narrowed(&now, &wanted).unwrap_or(wanted);
+    if place.same(&now, &wanted) || knob.keeps(&now) {
+        return line(now, wanted, Effect::AsWanted);
+    }
+    if matches!(place, Place::Group { .. }) && isolated_at_boot(root, division) {
+        return line("isolated at boot".to_owned(), wanted, Effect::AsWanted);
+    }
+    let effect = place.locked(root).map_or(Effect::Differs, Effect::Refused);
+    line(now, wanted, effect)
+}
+
+/// Whether the kernel took all of these cores from the scheduler when it started: a partition has nothing to add to that.
+fn isolated_at_boot(root: &Path, division: &Division) -> bool {
+    let isolated = topology::boot_isolated_cores(root);
+    partition::Hierarchy::find(root).is_none_or(|groups| groups.cores().is_empty())
+        && division.isolated.iter().all(|core| isolated.contains(core))
 }
 
 /// Sets every knob that is not as it should be. What it held is written to `saved` first; what was saved by an earlier call stays
@@ -137,26 +178,33 @@ pub fn apply(
     division: &Division,
     saved: &Path,
 ) -> Result<Vec<Line>, SavedError> {
-    let mut lines = check(root, profile, division);
-    let form = |name: &str| {
-        profile.knobs.iter().find(|knob| knob.name == name).map_or(Form::Plain, |knob| knob.form)
-    };
+    let mut found = look(root, profile, division);
+    let differs = |line: &Line| line.effect == Effect::Differs;
+    // A partition moves threads, and its end moves them again: to everywhere.
+    let moves = found.iter().any(|(line, place)| differs(line) && *place == Some(PARTITION));
     let mut record = Saved::read(saved)?.unwrap_or_default();
-    for line in lines.iter().filter(|line| line.effect == Effect::Differs) {
-        record.add(&line.knob, &line.file, &line.now, form(&line.knob));
+    for (line, place) in &found {
+        let Some(place) = place else { continue };
+        let moved = moves
+            && line.effect == Effect::AsWanted
+            && matches!(place, Place::Thread { aspect: Aspect::Cores, .. });
+        if differs(line) || moved {
+            record.add(&line.knob, place, &line.now);
+        }
     }
     record.write(saved)?;
-    for line in lines.iter_mut().filter(|line| line.effect == Effect::Differs) {
-        line.effect = match write(root, &line.file, &line.wanted) {
-            Ok(()) => match read(root, &line.file, form(&line.knob)) {
-                Ok(now) if same(&now, &line.wanted, form(&line.knob)) => Effect::Set,
+    for (line, place) in &mut found {
+        let Some(place) = place.as_ref().filter(|_| line.effect == Effect::Differs) else { continue };
+        line.effect = match place.set(root, &line.wanted) {
+            Ok(()) => match place.get(root) {
+                Ok(now) if place.same(&now, &line.wanted) => Effect::Set,
                 Ok(now) => Effect::Refused(format!("it holds {now} after it was written")),
                 Err(error) => Effect::Refused(error.to_string()),
             },
-            Err(error) => Effect::Refused(error.to_string()),
+            Err(error) => Effect::Refused(place.refusal(&error)),
         };
     }
-    Ok(lines)
+    Ok(found.into_iter().map(|(line, _)| line).collect())
 }
 
 /// Puts everything back that is in `saved`, the last first, and forgets it. What cannot be put back stays saved.
@@ -168,19 +216,22 @@ pub fn restore(root: &Path, saved: &Path) -> Result<Vec<Line>, SavedError> {
     let mut lines = Vec::new();
     let mut left = Vec::new();
     while let Some(entry) = record.entries.pop() {
-        let now = read(root, &entry.file, entry.form);
+        let place = &entry.place;
+        let now = place.get(root);
         let effect = match &now {
-            Ok(now) if same(now, &entry.before, entry.form) => Effect::AsWanted,
+            Ok(now) if place.same(now, &entry.before) => Effect::AsWanted,
             // A device that is gone took its knobs with it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Effect::Missing,
-            _ => match write(root, &entry.file, &entry.before) {
+            _ => match place.set(root, &entry.before) {
                 Ok(()) => Effect::GivenBack,
-                Err(error) => Effect::Refused(error.to_string()),
+                Err(error) => Effect::Refused(place.refusal(&error)),
             },
         };
+        let (file, thread) = place.shown(root);
         lines.push(Line {
             knob: entry.knob.clone(),
-            file: entry.file.clone(),
+            file,
+            thread,
             now: now.unwrap_or_else(|_| "-".to_owned()),
             wanted: entry.before.clone(),
             effect: effect.clone(),
@@ -195,230 +246,5 @@ pub fn restore(root: &Path, saved: &Path) -> Result<Vec<Line>, SavedError> {
     Ok(lines)
 }
 
-/// Whether a knob's value is as it should be.
-fn good(knob: &Knob, now: &str, wanted: &str) -> bool {
-    same(now, wanted, knob.form) || knob.keep.iter().any(|keep| keep == now)
-}
-
-/// Whether two texts mean the same.
-fn same(a: &str, b: &str, form: Form) -> bool {
-    match form {
-        Form::Plain | Form::Choice => a == b,
-        Form::Cores => a.parse::<CoreSet>().ok().zip(b.parse::<CoreSet>().ok()).is_some_and(|(a, b)| a == b),
-        Form::Mask => digits(a) == digits(b),
-    }
-}
-
-/// A mask without what makes no difference: commas, leading zeros.
-fn digits(mask: &str) -> String {
-    mask.replace(',', "").trim_start_matches('0').to_lowercase()
-}
-
-/// A set of cores as the kernel writes masks: 32 bits a group, the highest first.
-fn mask(cores: &CoreSet) -> String {
-    let highest = cores.iter().max().unwrap_or(0);
-    let group = |n: u32| -> u32 {
-        cores.iter().filter(|core| core / 32 == n).fold(0, |bits, core| bits | 1 << (core % 32))
-    };
-    let groups: Vec<String> = (0..=highest / 32).rev().map(|n| format!("{:08x}", group(n))).collect();
-    groups.join(",")
-}
-
-/// What a file says, in a word: of a choice what is chosen (`always [madvise] never`).
-fn read(root: &Path, file: &Path, form: Form) -> io::Result<String> {
-    let text = fs::read_to_string(below(root, file))?;
-    let text = text.trim();
-    let chosen = || text.split_once('[')?.1.split_once(']').map(|(chosen, _)| chosen);
-    Ok(match form {
-        Form::Choice => chosen().unwrap_or(text).to_owned(),
-        _ => text.to_owned(),
-    })
-}
-
-/// One write, which is one order to the kernel. The file is not made.
-fn write(root: &Path, file: &Path, value: &str) -> io::Result<()> {
-    let mut file = fs::OpenOptions::new().write(true).truncate(true).open(below(root, file))?;
-    file.write_all(value.as_bytes())
-}
-
-fn below(root: &Path, file: &Path) -> PathBuf {
-    root.join(file.strip_prefix("/").unwrap_or(file))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeMap;
-
-    const PROFILE: &str = r#"
-        about = "for tests"
-        cmdline = ["isolcpus={isolated}"]
-        [[knob]]
-        name = "irq"
-        file = "/proc/irq/*/smp_affinity_list"
-        value = "{housekeeping}"
-        form = "cores"
-        why = "w"
-        source = "s"
-        [[knob]]
-        name = "thp"
-        file = "/sys/thp"
-        value = "madvise"
-        form = "choice"
-        why = "w"
-        source = "s"
-        [[knob]]
-        name = "ksm"
-        file = "/sys/ksm"
-        value = "2"
-        keep = ["0"]
-        why = "w"
-        source = "s"
-        [[knob]]
-        name = "queues"
-        file = "/sys/mask"
-        value = "{housekeeping:mask}"
-        form = "mask"
-        why = "w"
-        source = "s"
-        [[knob]]
-        name = "none"
-        file = "/sys/none"
-        value = "1"
-        why = "w"
-        source = "s"
-    "#;
-
-    struct Machine(tempfile::TempDir);
-
-    impl Machine {
-        fn new() -> Self {
-            let machine = Self(tempfile::tempdir().unwrap());
-            for (file, text) in [
-                ("proc/irq/1/smp_affinity_list", "0-3\n"),
-                ("proc/irq/2/smp_affinity_list", "0\n"),
-                ("sys/thp", "always madvise never\n"),
-                ("sys/ksm", "0\n"),
-                ("sys/mask", "0000000f\n"),
-            ] {
-                let path = machine.0.path().join(file);
-                fs::create_dir_all(path.parent().unwrap()).unwrap();
-                fs::write(path, text).unwrap();
-            }
-            machine
-        }
-
-        fn saved(&self) -> PathBuf {
-            self.0.path().join("saved/tune.json")
-        }
-
-        fn holds(&self) -> BTreeMap<&'static str, String> {
-            let files = [
-                "proc/irq/1/smp_affinity_list",
-                "proc/irq/2/smp_affinity_list",
-                "sys/thp",
-                "sys/ksm",
-                "sys/mask",
-            ];
-            files
-                .map(|file| (file, fs::read_to_string(self.0.path().join(file)).unwrap().trim().to_owned()))
-                .into()
-        }
-    }
-
-    fn division() -> Division {
-        Division::new([2, 3].into_iter().collect(), &(0..4).collect()).unwrap()
-    }
-
-    #[test]
-    fn a_profile_is_applied_and_everything_is_given_back() {
-        let (machine, profile) = (Machine::new(), Profile::parse("test", PROFILE).unwrap());
-        let before = machine.holds();
-        let lines = apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
-        let effects: Vec<_> = lines.iter().map(|line| (line.knob.as_str(), &line.effect)).collect();
-        use Effect::{AsWanted, Missing, Set};
-        // Both interrupts; a mere file holds what was written, without the brackets of the kernel's.
-        assert_eq!(
-            effects,
-            [
-                ("irq", &Set),
-                ("irq", &Set),
-                ("thp", &Set),
-                ("ksm", &AsWanted),
-                ("queues", &Set),
-                ("none", &Missing)
-            ]
-        );
-        let now = machine.holds();
-        assert_eq!(
-            (now["proc/irq/1/smp_affinity_list"].as_str(), now["sys/mask"].as_str()),
-            ("0-1", "00000003")
-        );
-        // Again: nothing to do, and what was found first is what is given back.
-        let again = apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
-        assert!(again.iter().all(|line| matches!(line.effect, AsWanted | Missing)), "{again:?}");
-        let other = Division::new([3].into_iter().collect(), &(0..4).collect()).unwrap();
-        apply(machine.0.path(), &profile, &other, &machine.saved()).unwrap();
-        assert_eq!(machine.holds()["proc/irq/1/smp_affinity_list"], "0-2");
-        restore(machine.0.path(), &machine.saved()).unwrap();
-        assert_eq!(machine.holds(), before);
-        assert!(!machine.saved().exists());
-        assert!(restore(machine.0.path(), &machine.saved()).unwrap().is_empty());
-    }
-
-    #[test]
-    fn whatever_was_done_when_it_was_killed_is_given_back() {
-        let (machine, profile) = (Machine::new(), Profile::parse("test", PROFILE).unwrap());
-        let before = machine.holds();
-        apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
-        // As if it had been killed between the second knob and the third.
-        for file in ["sys/thp", "sys/mask"] {
-            fs::write(machine.0.path().join(file), &before[file]).unwrap();
-        }
-        restore(machine.0.path(), &machine.saved()).unwrap();
-        assert_eq!(machine.holds(), before);
-    }
-
-    #[test]
-    fn a_knob_that_is_refused_is_told_and_no_reason_to_stop() {
-        let (machine, profile) = (Machine::new(), Profile::parse("test", PROFILE).unwrap());
-        let irq = machine.0.path().join("proc/irq/1/smp_affinity_list");
-        fs::remove_file(&irq).unwrap();
-        // A folder can be neither read nor written.
-        fs::create_dir(&irq).unwrap();
-        let lines = apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
-        assert!(matches!(lines[0].effect, Effect::Refused(_)), "{lines:?}");
-        assert_eq!(lines[1].effect, Effect::Set);
-    }
-
-    #[test]
-    fn what_cannot_be_put_back_stays_saved_and_the_rest_is_put_back() {
-        let (machine, profile) = (Machine::new(), Profile::parse("test", PROFILE).unwrap());
-        apply(machine.0.path(), &profile, &division(), &machine.saved()).unwrap();
-        let irq = machine.0.path().join("proc/irq/1/smp_affinity_list");
-        fs::remove_file(&irq).unwrap();
-        fs::create_dir(&irq).unwrap();
-        let lines = restore(machine.0.path(), &machine.saved()).unwrap();
-        let stuck: Vec<_> = lines.iter().filter(|line| matches!(line.effect, Effect::Refused(_))).collect();
-        assert_eq!(stuck.len(), 1, "{lines:?}");
-        fs::remove_dir(&irq).unwrap();
-        fs::write(&irq, "0-1").unwrap();
-        let lines = restore(machine.0.path(), &machine.saved()).unwrap();
-        assert_eq!(lines.len(), 1, "{lines:?}");
-        assert_eq!(machine.holds()["proc/irq/1/smp_affinity_list"], "0-3");
-        assert!(!machine.saved().exists());
-    }
-
-    #[test]
-    fn cores_are_divided_or_it_is_said_why_not() {
-        let online: CoreSet = (0..40).collect();
-        let some = Division::new([1, 33].into_iter().collect(), &online).unwrap();
-        assert_eq!(some.fill("a={isolated} b={housekeeping:mask}"), "a=1,33 b=000000fd,fffffffd");
-        let all = Division::new(online.clone(), &online).unwrap_err().to_string();
-        assert!(all.contains("at least one"), "{all}");
-        let missing = Division::new([40].into_iter().collect(), &online).unwrap_err().to_string();
-        assert!(missing.contains("core 40 does not exist"), "{missing}");
-        assert!(same("ff,ffffffff", "000000ff,ffffffff", Form::Mask) && !same("f", "1f", Form::Mask));
-        assert!(same("0,1,2", "0-2", Form::Cores) && !same("0", "0-1", Form::Cores));
-    }
-}
+mod tests;

@@ -7,6 +7,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::place::{self, Place, is_knob};
+use super::thread::{self, KernelThread};
+use super::{CONTROLLER, Division, PARTITION};
+
+pub use super::thread::Aspect;
+
 /// The profiles that are part of the program: name and text.
 pub const BUILT_IN: &[(&str, &str)] = &[
     ("nfv", include_str!("../../../configs/profiles/nfv.toml")),
@@ -32,24 +38,109 @@ pub struct Profile {
 
 /// A knob.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Written")]
 pub struct Knob {
     /// Its name in tables.
     pub name: String,
-    /// A file in /proc/sys, /proc/irq or /sys; one component may hold a `*`.
-    pub file: String,
-    /// What it should hold, with names of sets of cores in braces.
-    pub value: String,
-    /// How its text is compared.
-    #[serde(default)]
-    pub form: Form,
-    /// Values that are as good.
-    #[serde(default)]
-    pub keep: Vec<String>,
+    /// What is set.
+    pub what: What,
     /// Why.
     pub why: String,
     /// Who says so.
     pub source: String,
+}
+
+/// What a knob sets. Values may hold the names of sets of cores in braces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Files of the kernel.
+    File {
+        /// In /proc/sys, /proc/irq or /sys; one component may hold a `*`, or a set of cores in braces: one for each.
+        file: String,
+        /// What it should hold.
+        value: String,
+        /// How its text is compared.
+        form: Form,
+        /// Values that are as good.
+        keep: Vec<String>,
+    },
+    /// Threads of the kernel, by their names; a `*` stands for anything.
+    Threads {
+        /// Those.
+        threads: Vec<String>,
+        /// But for those.
+        except: Vec<String>,
+        /// Which of both settings.
+        aspect: Aspect,
+        /// What it should be.
+        value: String,
+    },
+    /// The isolated partition of cores.
+    Partition(String),
+}
+
+/// A knob as a file has it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    name: String,
+    file: Option<String>,
+    value: Option<String>,
+    #[serde(default)]
+    form: Form,
+    #[serde(default)]
+    keep: Vec<String>,
+    threads: Option<Vec<String>>,
+    #[serde(default)]
+    except: Vec<String>,
+    cores: Option<String>,
+    schedule: Option<String>,
+    partition: Option<String>,
+    why: String,
+    source: String,
+}
+
+impl TryFrom<Written> for Knob {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let Written {
+            name,
+            file,
+            value,
+            form,
+            keep,
+            threads,
+            except,
+            cores,
+            schedule,
+            partition,
+            why,
+            source,
+        } = written;
+        let threads = threads.map(|threads| (threads, except));
+        let what = match (file, value, threads, cores, schedule, partition) {
+            (Some(file), Some(value), None, None, None, None) => What::File { file, value, form, keep },
+            (None, None, Some((threads, except)), Some(value), None, None) => {
+                What::Threads { threads, except, aspect: Aspect::Cores, value }
+            }
+            (None, None, Some((threads, except)), None, Some(value), None) => {
+                if thread::schedule(&value).is_none() {
+                    return Err(format!(
+                        "knob `{name}`: `schedule` is `other`, or `fifo:N` or `rr:N` with N from 1 to 99"
+                    ));
+                }
+                What::Threads { threads, except, aspect: Aspect::Schedule, value }
+            }
+            (None, None, None, None, None, Some(cores)) => What::Partition(cores),
+            _ => {
+                return Err(format!(
+                    "knob `{name}`: give `file` and `value`, `threads` with `cores` or with `schedule`, or `partition`"
+                ));
+            }
+        };
+        Ok(Self { name, what, why, source })
+    }
 }
 
 /// How a knob's text is compared.
@@ -63,6 +154,8 @@ pub enum Form {
     Choice,
     /// A list of cores.
     Cores,
+    /// A list of cores, which may be shorter than what is wanted, and is only made shorter.
+    Within,
     /// A mask of cores.
     Mask,
 }
@@ -107,8 +200,12 @@ impl Profile {
     pub fn parse(name: &str, text: &str) -> Result<Self, ProfileError> {
         let mut profile: Self =
             toml::from_str(text).map_err(|error| ProfileError::Form(name.to_owned(), Box::new(error)))?;
-        match profile.knobs.iter().find(|knob| !is_knob(Path::new(&knob.file))) {
-            Some(wrong) => Err(ProfileError::NoKnob(name.to_owned(), wrong.name.clone(), wrong.file.clone())),
+        let wrong = profile.knobs.iter().find_map(|knob| match &knob.what {
+            What::File { file, .. } if !is_knob(Path::new(file)) => Some((knob.name.clone(), file.clone())),
+            _ => None,
+        });
+        match wrong {
+            Some((knob, file)) => Err(ProfileError::NoKnob(name.to_owned(), knob, file)),
             None => {
                 if let Some(base) = profile.extends.take() {
                     profile.follow(&base)?;
@@ -135,38 +232,77 @@ fn names() -> String {
     BUILT_IN.iter().map(|(name, _)| format!("`{name}`")).collect::<Vec<_>>().join(" and ")
 }
 
-/// Whether a file may be written in the name of tuning.
-pub(super) fn is_knob(file: &Path) -> bool {
-    let inside =
-        ["/proc/sys/", "/proc/irq/", "/sys/"].iter().any(|folder| file.to_string_lossy().starts_with(folder));
-    inside && !file.components().any(|part| part == std::path::Component::ParentDir)
+impl Knob {
+    /// Where its values are on this machine, in order.
+    pub(super) fn places(&self, root: &Path, division: &Division) -> Vec<Place> {
+        match &self.what {
+            What::File { file, form, .. } => files(root, file, division)
+                .into_iter()
+                .map(|file| Place::File { file, form: *form })
+                .collect(),
+            What::Threads { threads, except, aspect, .. } => {
+                let found = KernelThread::all(root, threads, except, *aspect);
+                found.into_iter().map(|thread| Place::Thread { thread, aspect: *aspect }).collect()
+            }
+            What::Partition(_) => vec![CONTROLLER, PARTITION],
+        }
+    }
+
+    /// Where its values are, as the profile says it.
+    pub fn place(&self) -> String {
+        match &self.what {
+            What::File { file, .. } => file.clone(),
+            What::Threads { threads, .. } => threads.join(", "),
+            What::Partition(_) => "cgroup v2: cpuset.cpus.partition".to_owned(),
+        }
+    }
+
+    /// Its value, as the profile says it.
+    pub fn value(&self) -> &str {
+        let (What::File { value, .. } | What::Threads { value, .. } | What::Partition(value)) = &self.what;
+        value
+    }
+
+    /// What it should hold on a machine that is divided so.
+    pub(super) fn wanted(&self, division: &Division) -> String {
+        division.fill(self.value())
+    }
+
+    /// Whether a value is as good as the one that is wanted.
+    pub(super) fn keeps(&self, now: &str) -> bool {
+        matches!(&self.what, What::File { keep, .. } if keep.iter().any(|keep| keep == now))
+    }
 }
 
-impl Knob {
-    /// Its files on this machine, in order.
-    pub(super) fn files(&self, root: &Path) -> Vec<PathBuf> {
-        let mut found = vec![PathBuf::from("/")];
-        for part in self.file.split('/').filter(|part| !part.is_empty()) {
-            let Some((begin, end)) = part.split_once('*') else {
-                found.iter_mut().for_each(|path| path.push(part));
-                continue;
+/// The files that `pattern` means, as far as they are there.
+fn files(root: &Path, pattern: &str, division: &Division) -> Vec<PathBuf> {
+    let mut found = vec![PathBuf::from("/")];
+    for part in pattern.split('/').filter(|part| !part.is_empty()) {
+        let cores = [("{isolated}", &division.isolated), ("{housekeeping}", &division.housekeeping)];
+        if let Some((name, cores)) = cores.into_iter().find(|(name, _)| part.contains(name)) {
+            let of_each = |path: &PathBuf| {
+                cores.iter().map(|core| path.join(part.replace(name, &core.to_string()))).collect::<Vec<_>>()
             };
-            let inside = |path: &PathBuf| {
-                let entries = fs::read_dir(super::below(root, path)).into_iter().flatten().flatten();
-                let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-                let mut names: Vec<_> = names
-                    .filter(|name| {
-                        name.len() >= part.len() - 1 && name.starts_with(begin) && name.ends_with(end)
-                    })
-                    .collect();
-                names.sort_unstable_by_key(|name| (name.len(), name.clone()));
-                names.into_iter().map(|name| path.join(name)).collect::<Vec<_>>()
-            };
-            found = found.iter().flat_map(inside).collect();
+            found = found.iter().flat_map(of_each).collect();
+            continue;
         }
-        found.retain(|path| super::below(root, path).exists());
-        found
+        let Some((begin, end)) = part.split_once('*') else {
+            found.iter_mut().for_each(|path| path.push(part));
+            continue;
+        };
+        let inside = |path: &PathBuf| {
+            let entries = fs::read_dir(place::below(root, path)).into_iter().flatten().flatten();
+            let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+            let mut names: Vec<_> = names
+                .filter(|name| name.len() >= part.len() - 1 && name.starts_with(begin) && name.ends_with(end))
+                .collect();
+            names.sort_unstable_by_key(|name| (name.len(), name.clone()));
+            names.into_iter().map(|name| path.join(name)).collect::<Vec<_>>()
+        };
+        found = found.iter().flat_map(inside).collect();
     }
+    found.retain(|path| place::below(root, path).exists());
+    found
 }
 
 #[cfg(test)]
@@ -224,8 +360,28 @@ mod tests {
         }
         let text = "about = \"\"\n[[knob]]\nname = \"k\"\nfile = \"/sys/cpu*/governor\"\nvalue = \"1\"\nwhy = \"w\"\nsource = \"s\"\n";
         let profile = Profile::parse("x", text).unwrap();
-        let files = profile.knobs[0].files(root.path());
+        let division = Division::new("2,10".parse().unwrap(), &(0..12).collect()).unwrap();
+        let files = files(root.path(), &profile.knobs[0].place(), &division);
         let names: Vec<_> = files.iter().map(|file| file.to_str().unwrap()).collect();
         assert_eq!(names, ["/sys/cpu0/governor", "/sys/cpu10/governor", "/sys/cpufreq/governor"]);
+        // A set of cores stands for those, as far as they have such a file.
+        let of_isolated = super::files(root.path(), "/sys/cpu{isolated}/governor", &division);
+        assert_eq!(of_isolated, [PathBuf::from("/sys/cpu10/governor")]);
+    }
+
+    #[test]
+    fn a_knob_is_one_thing_and_threads_have_a_priority_that_exists() {
+        let said = |keys: &str| {
+            let text = format!("about = \"\"\n[[knob]]\nname = \"k\"\nwhy = \"w\"\nsource = \"s\"\n{keys}");
+            Profile::parse("x", &text).map(|profile| profile.knobs[0].what.clone()).map_err(|e| e.to_string())
+        };
+        assert_eq!(said("partition = \"{isolated}\""), Ok(What::Partition("{isolated}".to_owned())));
+        assert!(said("threads = [\"a/*\"]\nschedule = \"fifo:2\"").is_ok());
+        assert!(said("threads = [\"a/*\"]\nschedule = \"fifo\"").unwrap_err().contains("N from 1 to 99"));
+        for wrong in
+            ["", "file = \"/sys/a\"", "threads = []", "file = \"/sys/a\"\nvalue = \"\"\npartition = \"\""]
+        {
+            assert!(said(wrong).unwrap_err().contains("give `file` and `value`"), "{wrong}");
+        }
     }
 }

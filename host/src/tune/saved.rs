@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::profile::{Form, is_knob};
+use super::place::Place;
 
 /// Everything that was found.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -18,13 +18,13 @@ pub struct Saved {
     pub(super) entries: Vec<Entry>,
 }
 
-/// One file.
+/// One place, and what it held.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Entry {
     pub(super) knob: String,
-    pub(super) file: PathBuf,
+    #[serde(flatten)]
+    pub(super) place: Place,
     pub(super) before: String,
-    pub(super) form: Form,
 }
 
 /// Why what was saved is of no use.
@@ -66,17 +66,17 @@ impl Saved {
         }
         let saved: Self =
             serde_json::from_slice(&fs::read(file).map_err(failed)?).map_err(|e| wrong(e.to_string()))?;
-        match saved.entries.iter().find(|entry| !is_knob(&entry.file)) {
-            Some(entry) => Err(wrong(format!("{} is no knob", entry.file.display()))),
+        match saved.entries.iter().find_map(|entry| entry.place.forbidden()) {
+            Some(why) => Err(wrong(why)),
             None => Ok(Some(saved)),
         }
     }
 
-    /// Remembers what a file held, unless it is remembered already.
-    pub(super) fn add(&mut self, knob: &str, file: &Path, before: &str, form: Form) {
-        if self.entries.iter().all(|entry| entry.file != file) {
-            let (knob, file, before) = (knob.to_owned(), file.to_owned(), before.to_owned());
-            self.entries.push(Entry { knob, file, before, form });
+    /// Remembers what a place held, unless it is remembered already.
+    pub(super) fn add(&mut self, knob: &str, place: &Place, before: &str) {
+        if self.entries.iter().all(|entry| !entry.place.is(place)) {
+            let (knob, place, before) = (knob.to_owned(), place.clone(), before.to_owned());
+            self.entries.push(Entry { knob, place, before });
         }
     }
 
@@ -105,6 +105,7 @@ impl Saved {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tune::profile::Form;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -112,8 +113,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a/tune.json");
         let mut saved = Saved::default();
-        saved.add("k", Path::new("/sys/a"), "1", Form::Plain);
-        saved.add("k", Path::new("/sys/a"), "2", Form::Plain);
+        let place = |form| Place::File { file: "/sys/a".into(), form };
+        saved.add("k", &place(Form::Plain), "1");
+        saved.add("k", &place(Form::Cores), "2");
         saved.write(&file).unwrap();
         let read = Saved::read(&file).unwrap().unwrap();
         assert_eq!(read.entries.iter().map(|e| e.before.as_str()).collect::<Vec<_>>(), ["1"]);

@@ -47,8 +47,8 @@ struct Report<'f> {
 /// # Errors
 /// The report cannot be written.
 pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
-    let needs = match &args.file {
-        None => Needs::everything(),
+    let (needs, unplanned) = match &args.file {
+        None => (Needs::everything(), None),
         Some(file) => match crate::node::needs(file) {
             Ok(needs) => needs,
             Err(errors) => {
@@ -58,6 +58,9 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         },
     };
     let mut findings = Host::new(Path::new("/"), needs.clone()).findings();
+    if let Some(file) = &args.file {
+        findings.insert(0, plan(file, &needs, unplanned.map(|errors| errors.to_string())));
+    }
     if needs.machines {
         findings.push(kvm());
     }
@@ -73,6 +76,26 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         State::Warning => ExitCode::from(WARNINGS),
         State::Ok | State::NotApplicable => ExitCode::SUCCESS,
     })
+}
+
+/// Whether the file's cores can be had here; without them, all but the first count as busy in what follows.
+fn plan(file: &Path, needs: &Needs, unplanned: Option<String>) -> Finding {
+    let outcome = match unplanned.as_deref().map(|errors| errors.lines().find(|line| !line.trim().is_empty()))
+    {
+        None if needs.busy_cores.is_empty() => Outcome::not_applicable("the file names no cores"),
+        None => Outcome::ok(format!("{} for workers and vCPUs", needs.busy_cores)),
+        Some(first) => Outcome::error(
+            first.unwrap_or_default().trim(),
+            format!(
+                "cableway up {} --plan names everything that is wrong: ask for fewer cores, or use a machine with more",
+                file.display()
+            ),
+        ),
+    };
+    outcome.named(
+        "core-plan",
+        "a file's cores are chosen on this machine; where they are not to be had, nothing of it starts",
+    )
 }
 
 /// Whether there is KVM, and whether a processor runs its guests.

@@ -10,7 +10,7 @@ use control::client;
 use host::doctor::Needs;
 use host::pci::{self, Bdf, bind};
 use host::plan::Plan;
-use host::topology::{self, HugePool};
+use host::topology::{self, CoreSet, HugePool};
 use host::tune::Division;
 use host::tune::profile::Profile;
 use settings::values::Bounded;
@@ -164,12 +164,20 @@ nested!(PoolKeys);
 ///
 /// # Errors
 /// It cannot be read, or is no TOML.
-pub(super) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
+pub(super) fn needs(file: &Path) -> Result<(Needs, Option<ConfigErrors>), ConfigErrors> {
     let text = settings::read_file(file)?;
-    settings::parse(&text, file, |document, _| {
-        let decided = Planner::now().fills(document, &mut Problems::of(&text));
+    let planned = settings::parse(&text, file, |document, problems| {
+        let decided = Planner::now().fills(document, problems);
         Some(needs_of(&settings::filled(document, &decided)))
-    })
+    });
+    match planned {
+        Ok(needs) => Ok((needs, None)),
+        // A file that can be read, whose cores this machine does not have: everything else can be judged.
+        Err(errors) => {
+            let needs = settings::parse(&text, file, |document, _| Some(needs_of(document)))?;
+            Ok((Needs { busy_cores: CoreSet::default(), ..needs }, Some(errors)))
+        }
+    }
 }
 
 fn needs_of(document: &DeTable<'_>) -> Needs {
@@ -184,10 +192,22 @@ fn needs_of(document: &DeTable<'_>) -> Needs {
     let is_nic = |port: &Spanned<DeValue<'_>>| {
         port.get_ref().get("kind").is_some_and(|kind| kind.get_ref().as_str() == Some("nic"))
     };
+    let passed = tables("vm").flat_map(|machine| {
+        machine.get_ref().get("pci").and_then(|list| list.get_ref().as_array()).into_iter().flatten()
+    });
+    // A virtual function that is not made yet is where its adapter is, which is named as well.
+    let devices: Vec<Bdf> = tables("nic")
+        .chain(tables("port").filter(|port| is_nic(port)))
+        .chain(passed)
+        .filter_map(|table| table.get_ref().get("device")?.get_ref().as_str()?.parse().ok())
+        .collect();
+    let real_time = |machine: &Spanned<DeValue<'_>>| machine.get_ref().get("vcpu_priority").is_some();
     Needs {
         busy_cores: busy.into_iter().collect(),
-        cards: tables("nic").next().is_some() || tables("port").any(is_nic),
+        cards: !devices.is_empty() || tables("nic").next().is_some() || tables("port").any(is_nic),
+        devices,
         machines: tables("vm").next().is_some(),
+        real_time: tables("vm").any(real_time),
     }
 }
 

@@ -131,11 +131,11 @@ pub(crate) fn up(args: &UpArgs) -> Result<ExitCode> {
     supervise::run(&node, &run_dir, found)
 }
 
-/// What a node's file asks of the machine, for `cableway doctor`.
+/// What a node's file asks of the machine, for `cableway doctor`; and why its cores cannot be chosen here, if they cannot.
 ///
 /// # Errors
-/// Everything that is wrong with the file.
-pub(crate) fn needs(file: &Path) -> Result<Needs, ConfigErrors> {
+/// The file cannot be read.
+pub(crate) fn needs(file: &Path) -> Result<(Needs, Option<ConfigErrors>), ConfigErrors> {
     config::needs(file)
 }
 

@@ -56,6 +56,12 @@ fn with_a_file_only_what_it_needs_is_checked() {
     fs::write(&file, "[switch]\nworkers = [0]\n[[nic]]\ndevice = \"0000:01:00.0\"\n[[vm]]\nname = \"a\"\n")
         .unwrap();
     let all = names(&findings(&doctor(&[file.to_str().unwrap(), "--json"])));
+    assert!(all.iter().all(|name| !["rtprio", "preempt-rt"].contains(&name.as_str())), "{all:?}");
+    fs::write(&file, "[switch]\nworkers = [0]\n[[vm]]\nname = \"a\"\nvcpu_priority = 1\n").unwrap();
+    let real_time = names(&findings(&doctor(&[file.to_str().unwrap(), "--json"])));
+    assert!(
+        real_time.iter().any(|name| name == "rtprio") && real_time.iter().any(|name| name == "preempt-rt")
+    );
     assert!(["kvm", "iommu", "vfio", "ksm"].iter().all(|name| all.iter().any(|n| n == name)), "{all:?}");
 
     let missing = doctor(&["/nonexistent.toml"]);

@@ -3,6 +3,7 @@
 use std::fs;
 
 use super::{Check, Host, Outcome, always, knob};
+use crate::partition::Hierarchy;
 use crate::topology::{self, CoreSet};
 
 pub(super) const CHECKS: &[Check] = &[
@@ -31,6 +32,12 @@ pub(super) const CHECKS: &[Check] = &[
         run: irqbalance,
     },
     Check {
+        name: "workqueues",
+        why: "the kernel's deferred work that is bound to no core lands on those that poll, too, unless it is kept off",
+        matters: always,
+        run: workqueues,
+    },
+    Check {
         name: "siblings",
         why: "two busy threads of one physical core halve each other, and a third party there disturbs like one on the core itself",
         matters: always,
@@ -41,6 +48,12 @@ pub(super) const CHECKS: &[Check] = &[
         why: "a core that polls in sleep mode is clocked down between bursts, and is slow when the next one comes",
         matters: always,
         run: governor,
+    },
+    Check {
+        name: "idle-states",
+        why: "a core that sleeps deeply takes up to 100 us and more to wake up: whoever waits for its vCPU or worker waits for that",
+        matters: always,
+        run: idle_states,
     },
     Check {
         name: "clock",
@@ -77,8 +90,10 @@ pub(super) const CHECKS: &[Check] = &[
 /// Cores that are apart from the scheduler's others: by isolcpus, or by an isolated partition of cpusets.
 fn isolated(host: &Host) -> Outcome {
     let boot = host.cores("sys/devices/system/cpu/isolated");
+    // Of others, and ours; older kernels do not list them.
     let partition = host.cores("sys/fs/cgroup/cpuset.cpus.isolated");
-    let isolated: CoreSet = boot.iter().chain(partition.iter()).collect();
+    let ours = Hierarchy::find(&host.root).map(|groups| groups.cores()).unwrap_or_default();
+    let isolated: CoreSet = boot.iter().chain(partition.iter()).chain(ours.iter()).collect();
     let busy = host.busy_cores();
     let open: CoreSet = busy.iter().filter(|core| !isolated.contains(*core)).collect();
     if busy.is_empty() {
@@ -88,7 +103,14 @@ fn isolated(host: &Host) -> Outcome {
         return Outcome::ok(format!("{isolated} isolated"));
     }
     let found = if isolated.is_empty() { "none".to_owned() } else { format!("{isolated}, but not {open}") };
-    Outcome::warning(found, format!("kernel command line: isolcpus=managed_irq,domain,{busy}"))
+    let fix = match Hierarchy::find(&host.root).is_some_and(|groups| groups.obstacle().is_none()) {
+        true => format!(
+            "cableway tune apply --isolate {busy}, or kernel command line: isolcpus=managed_irq,domain,{busy}"
+        ),
+        // Without cpusets of cgroup v2 nothing can be isolated while the machine runs.
+        false => format!("kernel command line: isolcpus=managed_irq,domain,{busy}"),
+    };
+    Outcome::warning(found, fix)
 }
 
 fn tick(host: &Host) -> Outcome {
@@ -150,23 +172,76 @@ fn irqbalance(host: &Host) -> Outcome {
 fn siblings(host: &Host) -> Outcome {
     let root = &host.root;
     let busy = host.busy_cores();
+    let isolated = topology::boot_isolated_cores(root);
     let mut shared = Vec::new();
     let mut known = false;
     for core in busy.iter() {
         let Ok(threads) = topology::smt_siblings(root, core) else { continue };
         known = true;
-        // Each pair once.
-        let others =
-            threads.iter().filter(|other| *other > core || (*other != core && !busy.contains(*other)));
+        // Each pair once; and not those whose other thread is kept idle.
+        let others = threads.iter().filter(|other| match busy.contains(*other) {
+            true => *other > core,
+            false => *other != core && !isolated.contains(*other),
+        });
         shared.extend(others.map(|other| format!("{core} and {other}")));
     }
     match (known, shared.first()) {
         (false, _) => Outcome::not_applicable("the kernel does not say"),
-        (true, None) => Outcome::ok("each core has one thread"),
+        (true, None) => Outcome::ok("nobody is on the other thread of a core that polls"),
         (true, Some(first)) => Outcome::warning(
             format!("cores {first} are one physical core, and {} more pairs", shared.len() - 1),
             "give workers and vCPUs one thread of a core and leave the other idle, or echo off > /sys/devices/system/cpu/smt/control",
         ),
+    }
+}
+
+fn workqueues(host: &Host) -> Outcome {
+    let file = "sys/devices/virtual/workqueue/cpumask";
+    let Some(cores) = host.text(file).and_then(|mask| CoreSet::from_mask(&mask).ok()) else {
+        return Outcome::not_applicable("the kernel does not say");
+    };
+    let busy = host.busy_cores();
+    let both: CoreSet = cores.iter().filter(|core| busy.contains(*core)).collect();
+    if both.is_empty() {
+        return Outcome::ok(format!("on cores {cores}"));
+    }
+    let left: CoreSet = cores.iter().filter(|core| !busy.contains(*core)).collect();
+    let mask = left.mask();
+    Outcome::warning(format!("on cores {both}, too"), format!("echo {mask} > /{file}"))
+}
+
+/// Wake-up times of the idle states that busy cores may enter (Linux, Documentation/admin-guide/pm/cpuidle.rst).
+fn idle_states(host: &Host) -> Outcome {
+    /// What C1 takes, and C1E on some; a microsecond is not worth a complaint.
+    const SHALLOW_US: u32 = 10;
+    let mut deepest: Option<(u32, String, u32)> = None;
+    let mut known = false;
+    for core in host.busy_cores().iter() {
+        let folder = format!("sys/devices/system/cpu/cpu{core}");
+        // 0 is no limit at all, and n/a is no sleep at all.
+        let limit = match host.text(&format!("{folder}/power/pm_qos_resume_latency_us")).as_deref() {
+            None | Some("0") => u32::MAX,
+            Some(limit) => limit.parse().unwrap_or(0),
+        };
+        for state in 0.. {
+            let of = |file: &str| host.text(&format!("{folder}/cpuidle/state{state}/{file}"));
+            let Some(latency) = of("latency").and_then(|us| us.parse::<u32>().ok()) else { break };
+            known = true;
+            let enabled = of("disable").is_none_or(|disabled| disabled == "0");
+            if enabled && latency <= limit && deepest.as_ref().is_none_or(|(_, _, most)| latency > *most) {
+                deepest = Some((core, of("name").unwrap_or_default(), latency));
+            }
+        }
+    }
+    match deepest {
+        _ if !known => Outcome::not_applicable("the kernel knows no idle states of these cores"),
+        Some((core, name, us)) if us > SHALLOW_US => Outcome::warning(
+            format!("core {core} may go to {name}, and needs {us} us to wake up"),
+            format!(
+                "echo 3 > /sys/devices/system/cpu/cpu{core}/power/pm_qos_resume_latency_us, and so on: cableway tune apply"
+            ),
+        ),
+        _ => Outcome::ok(format!("none that takes more than {SHALLOW_US} us to wake up from")),
     }
 }
 
@@ -243,6 +318,58 @@ mod tests {
     }
 
     #[test]
+    fn a_partition_counts_and_where_one_can_be_made_that_is_the_fix() {
+        let mounts = ("proc/self/mounts", "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n");
+        let controllers = ("sys/fs/cgroup/cgroup.controllers", "cpuset cpu\n");
+        let could = Machine::with(&[ONLINE, mounts, controllers]);
+        could.says(
+            "isolated-cores",
+            State::Warning,
+            "cableway tune apply --isolate 1-3, or kernel command line",
+        );
+        let has = Machine::with(&[
+            ONLINE,
+            mounts,
+            controllers,
+            ("sys/fs/cgroup/cableway/cpuset.cpus", "1-3\n"),
+            ("sys/fs/cgroup/cableway/cpuset.cpus.partition", "isolated\n"),
+        ]);
+        has.says("isolated-cores", State::Ok, "1-3 isolated");
+    }
+
+    #[test]
+    fn deferred_work_and_deep_sleep_on_busy_cores_are_told() {
+        let mask = "sys/devices/virtual/workqueue/cpumask";
+        Machine::with(&[ONLINE, (mask, "f\n")]).says(
+            "workqueues",
+            State::Warning,
+            "1-3, too echo 00000001 >",
+        );
+        Machine::with(&[ONLINE, (mask, "00000001\n")]).says("workqueues", State::Ok, "cores 0");
+        Machine::with(&[ONLINE]).says("workqueues", State::NotApplicable, "does not say");
+
+        let (c1, c6) = (cpu(2, "cpuidle/state0/"), cpu(2, "cpuidle/state1/"));
+        let states = [
+            (format!("{c1}latency"), "2\n"),
+            (format!("{c1}name"), "C1\n"),
+            (format!("{c6}latency"), "133\n"),
+            (format!("{c6}name"), "C6\n"),
+        ];
+        let with = |more: &[(&str, &str)]| {
+            let states = states.iter().map(|(file, text)| (file.as_str(), *text));
+            Machine::with(&[ONLINE].into_iter().chain(states).chain(more.iter().copied()).collect::<Vec<_>>())
+        };
+        with(&[]).says("idle-states", State::Warning, "core 2 may go to C6, and needs 133 us");
+        let limit = cpu(2, "power/pm_qos_resume_latency_us");
+        with(&[(&limit, "0\n")]).says("idle-states", State::Warning, "C6");
+        for good in ["3\n", "n/a\n"] {
+            with(&[(&limit, good)]).says("idle-states", State::Ok, "none that takes more");
+        }
+        with(&[(&format!("{c6}disable"), "1\n")]).says("idle-states", State::Ok, "none that");
+        Machine::with(&[ONLINE]).says("idle-states", State::NotApplicable, "no idle states");
+    }
+
+    #[test]
     fn ticks_interrupts_and_irqbalance_on_busy_cores_are_told() {
         let machine = Machine::with(&[
             ONLINE,
@@ -284,7 +411,15 @@ mod tests {
         machine.says("governor", State::Warning, "powersave on core 1");
         machine.says("clock", State::Warning, "hpet");
         let good = Machine::with(&[ONLINE, (&alone, "2\n"), (&governor, "performance\n"), (clock, "tsc\n")]);
-        good.says("siblings", State::Ok, "one thread");
+        good.says("siblings", State::Ok, "nobody");
+        // The other thread is nobody's: isolated, and not used.
+        let idle = Machine::with(&[ONLINE, (&pair, "1,3\n"), ("sys/devices/system/cpu/isolated", "1,3\n")]);
+        let needs = Needs { busy_cores: [1].into_iter().collect(), ..Needs::everything() };
+        assert_eq!(idle.finding("siblings", needs).state, State::Ok);
+        Machine::with(&[ONLINE]).says("siblings", State::NotApplicable, "does not say");
+        Machine::with(&[ONLINE]).says("governor", State::NotApplicable, "does not govern");
+        Machine::with(&[]).says("clock", State::NotApplicable, "does not say");
+        Machine::with(&[(clock, "kvm-clock\n")]).says("clock", State::Ok, "kvm-clock");
         good.says("governor", State::Ok, "performance");
         good.says("clock", State::Ok, "tsc");
     }
@@ -298,6 +433,22 @@ mod tests {
         ]);
         machine.says("rt-throttling", State::Warning, "echo -1 > /proc/sys/kernel/sched_rt_runtime_us");
         machine.says("nmi-watchdog", State::Ok, "0");
+        let other = Machine::with(&[
+            ("proc/sys/kernel/sched_rt_runtime_us", "-1\n"),
+            ("proc/sys/kernel/nmi_watchdog", "1\n"),
+            ("proc/sys/kernel/timer_migration", "1\n"),
+            ("proc/cpuinfo", "flags\t\t: fpu\n"),
+        ]);
+        other.says("rt-throttling", State::Ok, "-1");
+        other.says("nmi-watchdog", State::Warning, "echo 0 > /proc/sys/kernel/nmi_watchdog");
+        other.says("timer-migration", State::Warning, "echo 0 > /proc/sys/kernel/timer_migration");
+        other.says("bare-metal", State::Ok, "no hypervisor");
+        Machine::with(&[("proc/sys/kernel/timer_migration", "0\n")]).says("timer-migration", State::Ok, "0");
+        let nothing = Machine::with(&[]);
+        nothing.says("bare-metal", State::NotApplicable, "does not say");
+        nothing.says("rt-throttling", State::NotApplicable, "no /proc");
+        nothing.says("nmi-watchdog", State::NotApplicable, "no /proc");
+        nothing.says("interrupts", State::NotApplicable, "/proc/irq");
         machine.says("timer-migration", State::NotApplicable, "no /proc/sys/kernel/timer_migration");
         machine.says("bare-metal", State::Warning, "virtual machine");
     }

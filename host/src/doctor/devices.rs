@@ -1,8 +1,9 @@
 //! Checks of what cards by VFIO need: an IOMMU, the kernel's modules, groups of their own, and leave to lock memory.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
-use super::{Check, Host, Outcome, with_cards};
+use super::{Capability, Check, Host, Outcome, with_cards};
 use crate::pci::{self, Function};
 
 pub(super) const CHECKS: &[Check] = &[
@@ -17,6 +18,12 @@ pub(super) const CHECKS: &[Check] = &[
         why: "vfio-pci is how the kernel hands a card to user space",
         matters: with_cards,
         run: vfio,
+    },
+    Check {
+        name: "vfio-access",
+        why: "a group of cards has one user at a time, who must be allowed to open it",
+        matters: with_cards,
+        run: access,
     },
     Check {
         name: "vfio-groups",
@@ -78,9 +85,79 @@ fn vfio(host: &Host) -> Outcome {
     }
 }
 
-/// Network cards in the machine.
+/// The cards that are meant: those that a file names, or all network cards of the machine.
 fn cards(host: &Host) -> Vec<Function> {
-    pci::list(&host.root).into_iter().filter(Function::is_network).collect()
+    let named = &host.needs.devices;
+    let meant =
+        |card: &Function| if named.is_empty() { card.is_network() } else { named.contains(&card.bdf) };
+    pci::list(&host.root).into_iter().filter(meant).collect()
+}
+
+/// Whether the groups of cards that are with vfio-pci can be opened: by this user, and at all.
+fn access(host: &Host) -> Outcome {
+    let cards: Vec<Function> =
+        cards(host).into_iter().filter(|card| card.driver.as_deref() == Some(pci::VFIO)).collect();
+    let mut held = 0;
+    for card in &cards {
+        let Some(group) = card.group else { continue };
+        let file = format!("dev/vfio/{group}");
+        if !may_open(host, &file) {
+            return Outcome::error(
+                format!("/{file} of {} is not this user's", card.bdf),
+                format!(
+                    "run as root, or chown USER /{file} (a udev rule for SUBSYSTEM==\"vfio\" makes it last)"
+                ),
+            );
+        }
+        if let Some((pid, name)) = holder(host, &format!("/{file}")) {
+            if name != "cableway" {
+                return Outcome::warning(
+                    format!("{} is in use by process {pid} ({name})", card.bdf),
+                    format!(
+                        "end it, kill {pid}, or use another card: until then opening it fails with EBUSY"
+                    ),
+                );
+            }
+            held += 1;
+        }
+    }
+    match cards.len() {
+        0 => Outcome::not_applicable("no card is with vfio-pci"),
+        all => Outcome::ok(format!("{all} with vfio-pci, {held} of them in use by cableway")),
+    }
+}
+
+/// Whether this process may read and write a file, by the file's mode and what `/proc/self/status` says of the process.
+fn may_open(host: &Host, file: &str) -> bool {
+    let Ok(found) = fs::metadata(host.path(file)) else { return false };
+    if host.capable(Capability::DacOverride) {
+        return true;
+    }
+    let status = host.text("proc/self/status").unwrap_or_default();
+    let ids = |name: &str| -> Vec<u32> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+        line.split_whitespace().filter_map(|id| id.parse().ok()).collect()
+    };
+    // The second of each is the one in force.
+    let is = |name: &str, id: u32| ids(name).get(1) == Some(&id);
+    let bits = if is("Uid:", found.uid()) {
+        found.mode() >> 6
+    } else if is("Gid:", found.gid()) || ids("Groups:").contains(&found.gid()) {
+        found.mode() >> 3
+    } else {
+        found.mode()
+    };
+    bits & 6 == 6
+}
+
+/// A process that has `file` open, as far as this one may see that.
+fn holder(host: &Host, file: &str) -> Option<(u32, String)> {
+    let processes = fs::read_dir(host.path("proc")).ok()?.flatten();
+    processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).find_map(|pid| {
+        let mut open = fs::read_dir(host.path(&format!("proc/{pid}/fd"))).ok()?.flatten();
+        let here = open.any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == file));
+        here.then(|| (pid, host.text(&format!("proc/{pid}/comm")).unwrap_or_default()))
+    })
 }
 
 fn groups(host: &Host) -> Outcome {
@@ -128,18 +205,14 @@ fn reserved(host: &Host) -> Outcome {
 }
 
 fn memlock(host: &Host) -> Outcome {
-    let limits = host.text("proc/self/limits").unwrap_or_default();
-    let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap_or_default();
-    let soft = line.split_whitespace().nth(3).unwrap_or_default();
-    let status = host.text("proc/self/status").unwrap_or_default();
-    // CAP_IPC_LOCK, bit 14 (capability.h), is above the limit.
-    let effective =
-        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
-    let capable = effective.is_some_and(|caps| caps & 1 << 14 != 0);
-    match soft {
-        "" => Outcome::not_applicable("the kernel does not say"),
+    let Some(soft) = host.limit("Max locked memory") else {
+        return Outcome::not_applicable("the kernel does not say");
+    };
+    match soft.as_str() {
         "unlimited" => Outcome::ok("unlimited"),
-        _ if capable => Outcome::ok(format!("{soft} bytes, and this process may exceed it")),
+        _ if host.capable(Capability::IpcLock) => {
+            Outcome::ok(format!("{soft} bytes, and this process may exceed it"))
+        }
         _ => Outcome::warning(
             format!("{soft} bytes"),
             "ulimit -l unlimited; LimitMEMLOCK=infinity in a systemd unit; memlock in /etc/security/limits.conf for a user",
@@ -188,8 +261,92 @@ fn nodes(host: &Host) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
     use super::super::tests::Machine;
+    use super::super::{Host, Needs, State};
+    use crate::pci::tests::Machine as Cards;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn of_cards(machine: &Cards, name: &str, needs: Needs) -> (State, String) {
+        let findings = Host::new(machine.root(), needs).findings();
+        let finding = findings.into_iter().find(|finding| finding.name == name).unwrap();
+        (finding.state, format!("{} {}", finding.found, finding.fix.unwrap_or_default()))
+    }
+
+    #[test]
+    fn a_group_that_somebody_else_has_or_that_is_not_ours_is_told() {
+        let machine = Cards::new();
+        let says = |state: State, words: &str| {
+            let (found, text) = of_cards(&machine, "vfio-access", Needs::everything());
+            assert!(found == state && text.contains(words), "{found:?} {text}");
+        };
+        machine.card("0000:01:00.0", 0x10d3, Some("e1000e"), Some(7));
+        says(State::NotApplicable, "no card is with vfio-pci");
+        machine.card("0000:02:00.0", 0x10d3, Some("vfio-pci"), Some(8));
+        machine.file("dev/vfio/8", "");
+        let file = machine.root().join("dev/vfio/8");
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        machine.file("proc/self/status", "Uid:\t4242\t4242\nGid:\t4242\t4242\nGroups:\t\nCapEff:\t0\n");
+        says(State::Error, "/dev/vfio/8 of 0000:02:00.0 is not this user's");
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)).unwrap();
+        says(State::Ok, "1 with vfio-pci, 0 of them");
+        machine.file("proc/812/comm", "dpdk-testpmd\n");
+        std::fs::create_dir_all(machine.root().join("proc/812/fd")).unwrap();
+        machine.link("proc/812/fd/9", "/dev/vfio/8");
+        says(State::Warning, "0000:02:00.0 is in use by process 812 (dpdk-testpmd) end it, kill 812");
+        machine.file("proc/812/comm", "cableway\n");
+        says(State::Ok, "1 of them in use by cableway");
+    }
+
+    #[test]
+    fn groups_reserved_memory_and_nodes_are_those_of_the_cards_that_are_meant() {
+        let machine = Cards::new();
+        machine.file("sys/devices/system/cpu/online", "0-1\n");
+        machine.file("sys/devices/system/cpu/cpu1/node0/cpulist", "");
+        let says = |name: &str, state: State, words: &str| {
+            let (found, text) = of_cards(&machine, name, Needs::everything());
+            assert!(found == state && text.contains(words), "{name}: {found:?} {text}");
+        };
+        machine.card("0000:01:00.0", 0x10d3, Some("vfio-pci"), Some(7));
+        machine.file("sys/bus/pci/devices/0000:01:00.0/numa_node", "0\n");
+        says("vfio-groups", State::Ok, "each on its own");
+        says("reserved-memory", State::Ok, "none behind");
+        says("card-nodes", State::Ok, "on its node");
+        // Another one: with company, with memory of the firmware's, on a far node.
+        let second = machine.card("0000:02:00.0", 0x10d3, Some("vfio-pci"), Some(8));
+        machine.card("0000:02:00.1", 0x10d3, Some("e1000e"), Some(8));
+        machine.file("sys/bus/pci/devices/0000:02:00.0/numa_node", "1\n");
+        machine.file(
+            "sys/kernel/iommu_groups/8/reserved_regions",
+            "0x00000000fee00000 0x00000000feefffff msi\n",
+        );
+        says("reserved-memory", State::Ok, "none behind");
+        machine.file(
+            "sys/kernel/iommu_groups/8/reserved_regions",
+            "0x000000007d000000 0x000000007effffff direct\n",
+        );
+        says("vfio-groups", State::Warning, "0000:02:00.0 shares its group with 0000:02:00.1");
+        says("reserved-memory", State::Error, "behind 0000:02:00.0");
+        says("card-nodes", State::Warning, "a card is on node 1");
+        let first = Needs { devices: vec!["0000:01:00.0".parse().unwrap()], ..Needs::everything() };
+        for name in ["vfio-groups", "reserved-memory", "card-nodes"] {
+            assert_eq!(of_cards(&machine, name, first.clone()).0, State::Ok, "{name}");
+        }
+        let second = Needs { devices: vec![second], ..first };
+        assert_eq!(of_cards(&machine, "reserved-memory", second).0, State::Error);
+    }
+
+    #[test]
+    fn without_a_card_in_a_group_there_is_nothing_to_judge() {
+        let machine = Machine::with(&[]);
+        for name in
+            ["vfio-groups", "reserved-memory", "card-nodes", "memlock", "dma-entry-limit", "vfio-access"]
+        {
+            machine.says(name, State::NotApplicable, "");
+        }
+        let vfio = Machine::with(&[("sys/bus/pci/drivers/vfio-pci/new_id", ""), ("dev/vfio/vfio", "")]);
+        vfio.says("vfio", State::Ok, "loaded");
+        Machine::with(&[("proc/cmdline", "quiet\n")]).says("iommu", State::Error, "none switch VT-d");
+    }
 
     #[test]
     fn an_iommu_and_vfio_are_asked_for_in_turn() {

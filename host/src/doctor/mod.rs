@@ -6,12 +6,14 @@
 mod cores;
 mod devices;
 mod memory;
+mod threads;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::pci::Bdf;
 use crate::topology::CoreSet;
 
 /// How a check ended. In the order of severity.
@@ -97,14 +99,25 @@ pub struct Needs {
     pub busy_cores: CoreSet,
     /// Network cards by VFIO.
     pub cards: bool,
+    /// These; empty: all that there are.
+    pub devices: Vec<Bdf>,
     /// Virtual machines.
     pub machines: bool,
+    /// vCPUs as real-time threads.
+    pub real_time: bool,
 }
 
 impl Needs {
     /// Everything, on cores that nobody chose yet.
     pub fn everything() -> Self {
-        Self { busy_cores: CoreSet::default(), cards: true, machines: true }
+        Self {
+            busy_cores: CoreSet::default(),
+            cards: true,
+            devices: Vec::new(),
+            machines: true,
+            // Only a file says that they are to be.
+            real_time: false,
+        }
     }
 }
 
@@ -138,7 +151,7 @@ impl Host {
 
     /// Does all checks, in the order in which one would repair things.
     pub fn findings(&self) -> Vec<Finding> {
-        let checks = cores::CHECKS.iter().chain(memory::CHECKS).chain(devices::CHECKS);
+        let checks = cores::CHECKS.iter().chain(threads::CHECKS).chain(memory::CHECKS).chain(devices::CHECKS);
         let matter = checks.filter(|check| (check.matters)(&self.needs));
         matter.map(|check| (check.run)(self).named(check.name, check.why)).collect()
     }
@@ -168,6 +181,32 @@ impl Host {
         }
         let online = self.cores("sys/devices/system/cpu/online");
         online.iter().skip(1).collect()
+    }
+}
+
+/// What this process may do beyond its limits and other users' files (linux/capability.h).
+#[derive(Clone, Copy)]
+enum Capability {
+    DacOverride = 1,
+    IpcLock = 14,
+    SysNice = 23,
+}
+
+impl Host {
+    /// Whether this process has it.
+    fn capable(&self, of: Capability) -> bool {
+        let status = self.text("proc/self/status").unwrap_or_default();
+        let effective = status
+            .lines()
+            .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+        effective.is_some_and(|caps| caps >> of as u32 & 1 == 1)
+    }
+
+    /// A limit of this process, as `/proc/self/limits` names and writes it.
+    fn limit(&self, name: &str) -> Option<String> {
+        let limits = self.text("proc/self/limits")?;
+        let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.split_whitespace().next()?.to_owned())
     }
 }
 
@@ -219,7 +258,7 @@ mod tests {
     fn a_machine_without_files_is_judged_without_a_panic_and_every_complaint_has_a_fix() {
         let machine = Machine::with(&[]);
         let findings = Host::new(machine.root(), Needs::everything()).findings();
-        assert!(findings.len() >= 18, "{}", findings.len());
+        assert!(findings.len() >= 30, "{}", findings.len());
         for finding in &findings {
             assert_eq!(finding.fix.is_some(), finding.state >= State::Warning, "{finding:?}");
             assert!(!finding.found.is_empty() && !finding.why.is_empty(), "{finding:?}");

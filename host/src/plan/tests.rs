@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::machine::tests::Tree;
+use proptest::prelude::*;
 
 fn request(housekeeping: u32, workers: u32) -> Request {
     Request {
@@ -166,4 +167,85 @@ fn a_machine_stays_near_the_cache_of_its_workers() {
 fn one_core_is_not_enough_for_a_poller_and_says_so() {
     let said = refused(&Tree::new(1, 1, 2).machine(), &request(1, 1));
     assert!(said.contains("Workers: 1 cores for workers are wanted, and 0 can be had: this machine has 2, of which a poller takes both threads"), "{said}");
+}
+
+#[test]
+fn memory_without_cores_and_nodes_with_gaps_in_their_numbers_are_served_from_where_it_is_nearest() {
+    // Node 2 is memory only, node 5 cores only; there is no node 1, 3 or 4.
+    let tree = Tree::new(1, 4, 1);
+    tree.node(2, 1 << 20);
+    tree.node(5, 0);
+    tree.file("sys/devices/system/cpu/online", "0-7");
+    (4..8).for_each(|cpu| tree.cpu(cpu, 5, &cpu.to_string()));
+    tree.file("sys/devices/system/node/node0/distance", "10 40 21");
+    tree.file("sys/devices/system/node/node2/distance", "40 10 17");
+    tree.file("sys/devices/system/node/node5/distance", "21 17 10");
+    let request = Request {
+        near: vec![near(5)],
+        guests: vec![Guest { node: Some(2), ..guest("fw", 2) }],
+        ..request(1, 1)
+    };
+    let plan = planned(&tree.machine(), &request).unwrap();
+    assert_eq!((plan.housekeeping, plan.workers), (vec![0], vec![4]));
+    assert_eq!(plan.guests, [[5, 6]]);
+}
+
+#[test]
+fn a_core_whose_other_thread_is_switched_off_is_whole() {
+    let tree = Tree::new(1, 4, 2);
+    tree.file("sys/devices/system/cpu/online", "0-4,6");
+    let plan = planned(&tree.machine(), &Request { guests: vec![guest("fw", 1)], ..request(2, 1) }).unwrap();
+    assert_eq!((plan.housekeeping, plan.workers, plan.guests), (vec![0, 4], vec![1], vec![vec![2]]));
+    assert_eq!(plan.why[&6], "left idle: the other thread of core 2");
+    assert!(!plan.why.contains_key(&5), "{:?}", plan.why);
+}
+
+#[test]
+fn threads_that_are_numbered_side_by_side_and_cores_without_any_are_told_apart() {
+    // 0 to 3 are two cores of two threads, 4 to 7 four cores of one, as on hybrid processors.
+    let tree = Tree::new(1, 8, 1);
+    for (cpu, threads) in [(0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3")] {
+        tree.cpu(cpu, 0, threads);
+    }
+    let plan = planned(&tree.machine(), &Request { guests: vec![guest("fw", 3)], ..request(2, 2) }).unwrap();
+    assert_eq!((&plan.housekeeping, &plan.workers), (&vec![0, 1], &vec![2, 4]));
+    assert_eq!(plan.guests, [[5, 6, 7]]);
+    assert_eq!(plan.why[&3], "left idle: the other thread of core 2");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// Whatever the machine looks like: nobody has two tasks, nobody is where nobody can run, and no poller shares its physical core
+    /// with anybody else's task.
+    #[test]
+    fn no_plan_gives_a_core_twice_or_a_pollers_other_thread_away(
+        (nodes, cores, threads) in (1u32..5, 1u32..5, 1u32..3),
+        offline in proptest::collection::btree_set(1u32..32, 0..8),
+        isolated in proptest::collection::btree_set(0u32..32, 0..16),
+        (housekeeping, workers) in (1u32..4, 1u32..5),
+        vcpus in proptest::collection::vec((1u32..5, proptest::option::of(0u32..5)), 0..4),
+        cards in proptest::collection::vec(0u32..6, 0..3),
+    ) {
+        let tree = Tree::new(nodes, cores, threads);
+        let online: CoreSet = (0..nodes * cores * threads).filter(|core| !offline.contains(core)).collect();
+        tree.file("sys/devices/system/cpu/online", &online.to_string());
+        tree.file("sys/devices/system/cpu/isolated", &CoreSet::from_iter(isolated).to_string());
+        let machine = tree.machine();
+        let guests = vcpus.iter().map(|(vcpus, node)| Guest { node: *node, ..guest("g", *vcpus) }).collect();
+        let request = Request { near: cards.into_iter().map(near).collect(), guests, ..request(housekeeping, workers) };
+        if let Ok(plan) = planned(&machine, &request) {
+            prop_assert_eq!((plan.housekeeping.len(), plan.workers.len()), (housekeeping as usize, workers as usize));
+            let pollers: Vec<u32> = plan.workers.iter().chain(plan.guests.iter().flatten()).copied().collect();
+            let all: Vec<u32> = plan.housekeeping.iter().chain(&pollers).copied().collect();
+            let different: CoreSet = all.iter().copied().collect();
+            prop_assert_eq!(different.len(), all.len(), "{:?}", plan);
+            prop_assert!(all.iter().all(|core| online.contains(*core)), "{:?}", plan);
+            for poller in &pollers {
+                let threads = &machine.cores[poller].threads;
+                prop_assert!(threads.iter().all(|other| other == *poller || !different.contains(other)), "{:?}", plan);
+            }
+            prop_assert_eq!(planned(&machine, &request).unwrap(), plan);
+        }
+    }
 }

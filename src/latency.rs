@@ -40,6 +40,10 @@ pub(crate) struct LatencyArgs {
     /// The longest that a wake-up may be late and a gap may be, such as 20us.
     #[arg(long, value_parser = nanoseconds)]
     limit: Option<u64>,
+    /// Also says what interrupted the longest gaps of the busy loop, from the kernel's trace (root, tracefs). It costs each interruption
+    /// some 100 ns more.
+    #[arg(long)]
+    trace: bool,
     /// Writes DIR/latency.json and DIR/latency.html, with the curves.
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -81,7 +85,9 @@ pub(crate) fn run(args: &LatencyArgs) -> anyhow::Result<ExitCode> {
     });
     let report = match report {
         // What the user can change: a core, a permission.
-        Err(error @ (QuietError::Pin(_) | QuietError::RealTime(_))) => return Ok(refuse(error)),
+        Err(error @ (QuietError::Pin(_) | QuietError::RealTime(_) | QuietError::Trace(_))) => {
+            return Ok(refuse(error));
+        }
         other => other?,
     };
     publish(args, &report)?;
@@ -115,6 +121,7 @@ fn plan(args: &LatencyArgs, permitted: &CoreSet) -> Result<Plan, String> {
         interval_ns: args.interval,
         gap_ns: args.gap,
         limit_ns: args.limit,
+        trace: args.trace,
     })
 }
 

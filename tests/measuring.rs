@@ -149,17 +149,26 @@ fn latency_measures_the_named_core_says_what_disturbed_it_and_judges_it() {
     let core = host::topology::permitted_cores().unwrap().iter().last().unwrap();
     let place = tempfile::tempdir().unwrap();
     let report = place.path().join("report");
-    let common = ["latency", "--seconds", "0.5", "--priority", "0", "--cores", &core.to_string()];
+    // Every timer interrupt is a gap.
+    let common =
+        ["latency", "--seconds", "0.5", "--priority", "0", "--gap", "200ns", "--cores", &core.to_string()];
     let with = |more: &[&str]| run(&[common.as_slice(), more].concat());
 
     let kept = with(&["--limit", "100s", "--report", report.to_str().unwrap()]);
     assert_eq!(kept.status.code(), Some(0), "{kept:?}");
     let shown = text(&kept.stdout);
-    for part in ["How late a timer wakes a thread", "Passes of a busy loop", "p99.999", "taken away", "kept."]
-    {
+    let parts = [
+        "How late a timer wakes a thread",
+        "Passes of a busy loop",
+        "p99.999",
+        "taken away",
+        "gaps from",
+        "kept.",
+    ];
+    for part in parts {
         assert!(shown.contains(part), "{part:?} is not in:\n{shown}");
     }
-    assert_eq!(fs::read_to_string(report.join("latency.html")).unwrap().matches("<svg").count(), 2);
+    assert_eq!(fs::read_to_string(report.join("latency.html")).unwrap().matches("<svg").count(), 3);
     assert!(report.join("latency.json").exists());
 
     // Nobody is woken within a nanosecond.

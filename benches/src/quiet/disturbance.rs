@@ -1,7 +1,8 @@
-//! What the kernel counted on a core: interrupts by name, switches to other threads, time that a hypervisor kept.
+//! What the kernel counted on a core: interrupts and softirqs by name, who else ran there, time that a hypervisor kept, and what the
+//! processor counted: SMIs.
 //!
-//! Owns the parsing of `/proc/interrupts`, `/proc/stat` and `/proc/thread-self/status`. Differences of two readings, never
-//! causes: the kernel does not say which gap was whose.
+//! Owns the parsing of `/proc/interrupts`, `/proc/softirqs`, `/proc/stat` and each thread's `schedstat`. Differences of two readings,
+//! never causes: the kernel does not say which gap was whose ([`super::trace`] does).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,6 +16,12 @@ use super::QuietError;
 pub struct Disturbance {
     /// Interrupts on the core by name (`LOC: Local timer interrupts`), without those that did not happen.
     pub interrupts: BTreeMap<String, u64>,
+    /// Softirqs on the core by name (`TIMER`), without those that did not happen.
+    pub softirqs: BTreeMap<String, u64>,
+    /// Who else ran there: threads by name, and how often each was scheduled (`migration/1`: for moving threads).
+    pub threads: BTreeMap<String, u64>,
+    /// System management interrupts, which the firmware takes and nobody else sees; none if the processor's counter cannot be read.
+    pub smis: Option<u64>,
     /// How often the measuring thread gave the core up itself: by sleeping.
     pub voluntary_switches: u64,
     /// How often it was taken from it.
@@ -30,6 +37,9 @@ impl Disturbance {
         let status = read("/proc/thread-self/status")?;
         Ok(Self {
             interrupts: interrupts(&read("/proc/interrupts")?, core),
+            softirqs: softirqs(&read("/proc/softirqs").unwrap_or_default(), core),
+            threads: BTreeMap::new(),
+            smis: smis(core),
             voluntary_switches: field(&status, "voluntary_ctxt_switches:"),
             involuntary_switches: field(&status, "nonvoluntary_ctxt_switches:"),
             stolen_ms: 10 * stolen(&read("/proc/stat")?, core),
@@ -38,17 +48,91 @@ impl Disturbance {
 
     /// What was added since `before`.
     pub(super) fn since(&self, before: &Self) -> Self {
-        let added = |(name, &now): (&String, &u64)| {
-            let added = now.saturating_sub(before.interrupts.get(name).copied().unwrap_or(0));
-            (added > 0).then(|| (name.clone(), added))
+        let added = |now: &BTreeMap<String, u64>, before: &BTreeMap<String, u64>| {
+            let added = |(name, &now): (&String, &u64)| {
+                let added = now.saturating_sub(before.get(name).copied().unwrap_or(0));
+                (added > 0).then(|| (name.clone(), added))
+            };
+            now.iter().filter_map(added).collect()
         };
         Self {
-            interrupts: self.interrupts.iter().filter_map(added).collect(),
+            interrupts: added(&self.interrupts, &before.interrupts),
+            softirqs: added(&self.softirqs, &before.softirqs),
+            threads: BTreeMap::new(),
+            smis: self.smis.zip(before.smis).map(|(now, before)| now.saturating_sub(before)),
             voluntary_switches: self.voluntary_switches.saturating_sub(before.voluntary_switches),
             involuntary_switches: self.involuntary_switches.saturating_sub(before.involuntary_switches),
             stolen_ms: self.stolen_ms.saturating_sub(before.stolen_ms),
         }
     }
+}
+
+/// How often each thread of the machine was scheduled, and where it ran last.
+pub(super) struct Runs(BTreeMap<(u32, u32), (String, u32, u64)>);
+
+impl Runs {
+    /// As it is now. Threads come and go meanwhile.
+    pub(super) fn now() -> Self {
+        let numbered = |folder: String| {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).collect::<Vec<_>>()
+        };
+        let mut runs = BTreeMap::new();
+        for pid in numbered("/proc".to_owned()) {
+            for tid in numbered(format!("/proc/{pid}/task")) {
+                let of = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{file}")).ok();
+                let found =
+                    of("stat").zip(of("schedstat")).and_then(|(stat, schedstat)| run(&stat, &schedstat));
+                runs.extend(found.map(|found| ((pid, tid), found)));
+            }
+        }
+        Self(runs)
+    }
+
+    /// Who ran on `core` since `before`, this process excepted: names and how often.
+    pub(super) fn since(&self, before: &Self, core: u32) -> BTreeMap<String, u64> {
+        let own = std::process::id();
+        let mut ran = BTreeMap::new();
+        for (thread, (name, _, runs)) in
+            self.0.iter().filter(|((pid, _), found)| *pid != own && found.1 == core)
+        {
+            let added = runs.saturating_sub(before.0.get(thread).map_or(0, |found| found.2));
+            if added > 0 {
+                *ran.entry(name.clone()).or_default() += added;
+            }
+        }
+        ran
+    }
+}
+
+/// A thread's name, where it ran last (`stat`, field 39), and how often it was scheduled (`schedstat`, the third number; proc(5)).
+fn run(stat: &str, schedstat: &str) -> Option<(String, u32, u64)> {
+    let (begin, rest) = stat.rsplit_once(") ")?;
+    let last = rest.split_whitespace().nth(39 - 3)?.parse().ok()?;
+    let runs = schedstat.split_whitespace().nth(2)?.parse().ok()?;
+    Some((begin.split_once('(')?.1.to_owned(), last, runs))
+}
+
+/// Intel's counter of SMIs (MSR_SMI_COUNT, 0x34), where the msr module lets it be read.
+fn smis(core: u32) -> Option<u64> {
+    use std::os::unix::fs::FileExt;
+    let mut count = [0; 8];
+    fs::File::open(format!("/dev/cpu/{core}/msr")).ok()?.read_exact_at(&mut count, 0x34).ok()?;
+    Some(u64::from_le_bytes(count) & 0xffff_ffff)
+}
+
+/// `/proc/softirqs`: as `/proc/interrupts`, with names in place of numbers.
+fn softirqs(text: &str, core: u32) -> BTreeMap<String, u64> {
+    let mut lines = text.lines();
+    let name = format!("CPU{core}");
+    let Some(column) = lines.next().unwrap_or_default().split_whitespace().position(|cpu| cpu == name) else {
+        return BTreeMap::new();
+    };
+    let line = |line: &str| {
+        let (name, counts) = line.split_once(':')?;
+        Some((name.trim().to_owned(), counts.split_whitespace().nth(column)?.parse().ok()?))
+    };
+    lines.filter_map(line).collect()
 }
 
 /// `/proc/interrupts`: a header that names the cores, then a line for each interrupt, a column for each core (proc(5)).
@@ -102,6 +186,28 @@ mod tests {
         assert_eq!(on_2.len(), 3, "ERR and MIS are of no core: {on_2:?}");
         assert!(interrupts(INTERRUPTS, 1).is_empty());
         assert!(interrupts("", 0).is_empty());
+    }
+
+    #[test]
+    fn softirqs_and_other_threads_are_those_of_the_core() {
+        let text = "                    CPU0       CPU2\n          HI:          0          3\n       TIMER:        512         77\n";
+        assert_eq!(softirqs(text, 2), BTreeMap::from([("HI".to_owned(), 3), ("TIMER".to_owned(), 77)]));
+        assert!(softirqs(text, 1).is_empty());
+
+        let stat = format!("7 (kworker/2:1) (x) S {}2 0 0\n", "0 ".repeat(35));
+        assert_eq!(run(&stat, "100 200 9\n"), Some(("kworker/2:1) (x".to_owned(), 2, 9)));
+        assert_eq!(run("7 (x) S 0", "1 2 3"), None);
+        let runs = |all: &[(u32, &str, u32, u64)]| {
+            Runs(
+                all.iter()
+                    .map(|(tid, name, core, runs)| ((1, *tid), ((*name).to_owned(), *core, *runs)))
+                    .collect(),
+            )
+        };
+        let before = runs(&[(5, "migration/2", 2, 10), (6, "bash", 1, 4)]);
+        let now = runs(&[(5, "migration/2", 2, 13), (6, "bash", 1, 9), (7, "new", 2, 1), (8, "new", 2, 1)]);
+        let ran = now.since(&before, 2);
+        assert_eq!(ran, BTreeMap::from([("migration/2".to_owned(), 3), ("new".to_owned(), 2)]));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 pub mod disturbance;
 pub mod jitter;
+pub mod trace;
 pub mod wakeup;
 
 use std::path::Path;
@@ -19,7 +20,8 @@ use serde::Serialize;
 use crate::clock::Clock;
 use crate::histogram::{Latencies, Summary};
 use crate::machine::Machine;
-use disturbance::Disturbance;
+use disturbance::{Disturbance, Runs};
+use trace::Trace;
 
 /// The percentiles of these reports: a core that is isolated well shows nothing before the last.
 pub const PERCENTILES: [(&str, f64); 6] =
@@ -59,6 +61,8 @@ pub struct Plan {
     pub gap_ns: u64,
     /// What the longest gap and the latest wake-up may be, in nanoseconds.
     pub limit_ns: Option<u64>,
+    /// Whether the kernel's trace says what interrupted the busy loop.
+    pub trace: bool,
 }
 
 /// One test on one core.
@@ -122,6 +126,9 @@ pub enum QuietError {
     /// No thread could be started.
     #[error("cannot start a measuring thread")]
     Thread(#[source] std::io::Error),
+    /// The kernel gives no trace.
+    #[error("cannot trace: {0}; --trace needs root and tracefs")]
+    Trace(#[source] std::io::Error),
     /// The timer failed.
     #[error("clock_nanosleep: {0}")]
     Timer(nix::Error),
@@ -162,6 +169,28 @@ fn stay_awake(without: &mut Vec<String>) -> Option<std::fs::File> {
 
 /// One thread a core; all begin together.
 fn on_all_cores(plan: &Plan, planned: Planned, stop: &AtomicBool) -> Result<Vec<CoreResult>, QuietError> {
+    let traced = plan.trace && planned.test == Test::Jitter;
+    let trace = traced.then(|| Trace::start(&plan.cores)).transpose()?;
+    let before = Runs::now();
+    let mut results = side_by_side(plan, planned, stop)?;
+    let after = Runs::now();
+    for result in &mut results {
+        result.disturbance.threads = after.since(&before, result.core);
+    }
+    if let Some(trace) = trace {
+        trace.stop()?;
+        for result in &mut results {
+            let Some(gaps) = &mut result.gaps else { continue };
+            let times: Vec<_> = gaps.worst.iter().map(|gap| gap.ticks).collect();
+            for (gap, by) in gaps.worst.iter_mut().zip(trace.during(result.core, &times)?) {
+                gap.by = by;
+            }
+        }
+    }
+    Ok(results)
+}
+
+fn side_by_side(plan: &Plan, planned: Planned, stop: &AtomicBool) -> Result<Vec<CoreResult>, QuietError> {
     let together = Barrier::new(plan.cores.len());
     std::thread::scope(|scope| {
         let mut threads = Vec::new();
@@ -231,6 +260,7 @@ mod tests {
             interval_ns: 1_000_000,
             gap_ns: 1_000,
             limit_ns: None,
+            trace: false,
         }
     }
 

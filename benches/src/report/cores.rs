@@ -1,8 +1,11 @@
 //! How quiet cores are: as tables for a terminal, and as a page with the curves.
 
+use std::collections::BTreeMap;
+
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::histogram::{time, time_or_dash};
+use crate::quiet::jitter::Gap;
 use crate::quiet::{CoreResult, PERCENTILES, Planned, Report, Test};
 
 use super::chart::{Chart, Scale, Series, escape};
@@ -31,6 +34,9 @@ pub fn tables(report: &Report) -> String {
         table.column_iter_mut().for_each(|c| c.set_cell_alignment(CellAlignment::Right));
         text += &format!("{}\n\n{}\n\n", title(report, planned), table.trim_fmt());
         results.iter().for_each(|r| text += &format!("  {}\n", disturbed(report, r)));
+        if let Some(lengths) = lengths(&results) {
+            text += &format!("\n{lengths}\n");
+        }
         text.push('\n');
     }
     notes(report).iter().for_each(|note| text += &format!("{note}\n"));
@@ -39,13 +45,10 @@ pub fn tables(report: &Report) -> String {
 
 /// The whole page.
 pub fn page(report: &Report) -> String {
-    let charts: String = report
-        .plan
-        .tests
-        .iter()
-        .filter(|p| of(report, p.test).next().is_some())
-        .map(|p| format!("<div>{}</div>", chart(report, p.test).svg()))
-        .collect();
+    let measured = report.plan.tests.iter().filter(|p| of(report, p.test).next().is_some());
+    let gaps = of(report, Test::Jitter).any(|r| r.gaps.as_ref().is_some_and(|gaps| gaps.count > 0));
+    let charts = measured.map(|p| chart(report, p.test)).chain(gaps.then(|| gap_chart(report)));
+    let charts: String = charts.map(|chart| format!("<div>{}</div>", chart.svg())).collect();
     let sections: String = report.plan.tests.iter().map(|&planned| section(report, planned)).collect();
     let notes: String = notes(report).iter().map(|n| format!("<p>{}</p>", escape(n))).collect();
     let facts: String = report
@@ -105,33 +108,71 @@ fn row(r: &CoreResult) -> Vec<String> {
     row
 }
 
+/// How many gaps of each length a core had: a row for each length, a column for each core, and the longest.
+fn lengths(results: &[&CoreResult]) -> Option<String> {
+    let mut rows: BTreeMap<u64, (BTreeMap<u32, u64>, f64)> = BTreeMap::new();
+    for (r, gaps) in results.iter().filter_map(|r| Some((r, r.gaps.as_ref()?))) {
+        for length in &gaps.lengths {
+            let row = rows.entry(length.from_ns).or_default();
+            row.0.insert(r.core, length.count);
+            row.1 = row.1.max(length.worst_ns);
+        }
+    }
+    if rows.is_empty() {
+        return None;
+    }
+    let mut table = Table::new();
+    let cores = results.iter().map(|r| format!("core {}", r.core));
+    table
+        .load_preset(presets::NOTHING)
+        .set_header(std::iter::once("gaps from".to_owned()).chain(cores).chain(["longest".to_owned()]));
+    for (from, (counts, worst)) in rows {
+        let counts = results.iter().map(|r| counts.get(&r.core).map_or("-".to_owned(), u64::to_string));
+        table.add_row(std::iter::once(round(from)).chain(counts).chain([time(worst)]));
+    }
+    table.column_iter_mut().for_each(|c| c.set_cell_alignment(CellAlignment::Right));
+    Some(table.trim_fmt())
+}
+
+/// The most frequent of what was counted, by name.
+fn frequent(counts: &BTreeMap<String, u64>, others: &str) -> Vec<String> {
+    let mut counts: Vec<_> = counts.iter().collect();
+    counts.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let rest: u64 = counts.iter().skip(NAMED).map(|(_, count)| **count).sum();
+    let named = counts.iter().take(NAMED).map(|(name, count)| format!("{count} x {name}"));
+    named.chain((rest > 0).then(|| format!("{rest} {others}"))).collect()
+}
+
 /// What happened on the core meanwhile, the most frequent first.
 fn disturbed(report: &Report, r: &CoreResult) -> String {
     let d = &r.disturbance;
-    let mut interrupts: Vec<_> = d.interrupts.iter().collect();
-    interrupts.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-    let rest: u64 = interrupts.iter().skip(NAMED).map(|(_, count)| **count).sum();
-    let mut what: Vec<String> =
-        interrupts.iter().take(NAMED).map(|(name, count)| format!("{count} x {name}")).collect();
-    if rest > 0 {
-        what.push(format!("{rest} other interrupts"));
+    let mut what = frequent(&d.interrupts, "other interrupts");
+    if d.smis.is_some_and(|smis| smis > 0) {
+        what.push(format!("{} SMIs of the firmware", d.smis.unwrap_or(0)));
     }
     what.push(format!("taken away {} times", d.involuntary_switches));
     if d.stolen_ms > 0 {
         what.push(format!("{} ms stolen by this virtual machine's host", d.stolen_ms));
     }
-    let worst: Vec<String> = r
-        .gaps
-        .iter()
-        .flat_map(|gaps| &gaps.worst)
-        .map(|g| format!("{} at {:.3} s", time(g.ns), g.at_s))
-        .collect();
-    let worst = if worst.is_empty() {
-        String::new()
-    } else {
-        format!("\n          longest gaps (from {}): {}", round(report.plan.gap_ns), worst.join(", "))
-    };
-    format!("core {}: {}{worst}", r.core, what.join(", "))
+    let mut text = format!("core {}: {}", r.core, what.join(", "));
+    if !d.threads.is_empty() {
+        text += &format!("\n          ran there: {}", frequent(&d.threads, "times others").join(", "));
+    }
+    if !d.softirqs.is_empty() {
+        text += &format!("\n          softirqs: {}", frequent(&d.softirqs, "others").join(", "));
+    }
+    let worst = r.gaps.as_ref().map_or(&[][..], |gaps| &gaps.worst);
+    let told = |g: &Gap| format!("{} at {:.3} s", time(g.ns), g.at_s);
+    if worst.iter().any(|gap| !gap.by.is_empty()) {
+        for gap in worst {
+            text += &format!("\n          {}: {}", told(gap), gap.by.join(", "));
+        }
+    } else if !worst.is_empty() {
+        let worst: Vec<String> = worst.iter().map(told).collect();
+        text +=
+            &format!("\n          longest gaps (from {}): {}", round(report.plan.gap_ns), worst.join(", "));
+    }
+    text
 }
 
 fn notes(report: &Report) -> Vec<String> {
@@ -147,9 +188,17 @@ fn notes(report: &Report) -> Vec<String> {
         let gaps = r.gaps.as_ref().map_or(0, |g| g.count);
         let known: u64 = r.disturbance.interrupts.values().sum::<u64>() + r.disturbance.involuntary_switches;
         if gaps > known {
+            let below = match r.disturbance.smis {
+                Some(0) => {
+                    "a hypervisor, or the other thread of the core; the processor counted no SMI".to_owned()
+                }
+                Some(smis) => {
+                    format!("{smis} SMIs of the firmware, a hypervisor, or the other thread of the core")
+                }
+                None => "a hypervisor, firmware's SMIs, or the other thread of the core".to_owned(),
+            };
             notes.push(format!(
-                "core {}: {gaps} gaps but only {known} interrupts and switches: the others came from below the kernel \
-                 (a hypervisor, firmware's SMIs, or the other thread of the core).",
+                "core {}: {gaps} gaps but only {known} interrupts and switches: the others came from below the kernel ({below}).",
                 r.core
             ));
         }
@@ -179,8 +228,9 @@ fn section(report: &Report, planned: Planned) -> String {
         return String::new();
     }
     let rows = of(report, test).map(row);
-    let disturbed: String =
-        of(report, test).map(|r| format!("<p>{}</p>", escape(&disturbed(report, r)))).collect();
+    let disturbed: String = of(report, test)
+        .map(|r| format!("<p>{}</p>", escape(&disturbed(report, r)).replace('\n', "<br>")))
+        .collect();
     format!(
         "<h2>{}</h2><div class=\"scroll\">{}</div><div class=\"notes\">{disturbed}</div>",
         escape(&title(report, planned)),
@@ -211,6 +261,35 @@ fn chart(report: &Report, test: Test) -> Chart {
     }
 }
 
+/// How many gaps of each length: as many as the busy loop had, in the places of its lengths.
+fn gap_chart(report: &Report) -> Chart {
+    let decades = 6.0;
+    // From 1 µs to 1 s.
+    let place = |ns: f64| ((ns.max(1.0) / 1e3).log10() / decades).clamp(0.0, 1.0);
+    let series = of(report, Test::Jitter).zip(COLORS.iter().cycle()).map(|(r, color)| Series {
+        name: format!("core {}", r.core),
+        color,
+        dashed: false,
+        points: r
+            .gaps
+            .iter()
+            .flat_map(|g| &g.lengths)
+            .map(|l| (place(l.from_ns as f64), l.count as f64))
+            .collect(),
+        dots: true,
+    });
+    let ticks = (0..=6).map(|decade| 1e3 * 10f64.powi(decade));
+    Chart {
+        title: "Gaps".into(),
+        x_label: "at least so long".into(),
+        y_label: "how many".into(),
+        x_ticks: ticks.map(|ns| (place(ns), html::round_time(ns))).collect(),
+        y_scale: Scale::Log,
+        y_text: |count| format!("{count:.0}"),
+        series: series.collect(),
+    }
+}
+
 /// A time that somebody chose, without digits that it does not need.
 fn round(ns: u64) -> String {
     html::round_time(ns as f64)
@@ -224,7 +303,7 @@ mod tests {
     use crate::machine::Machine;
     use crate::quiet::Plan;
     use crate::quiet::disturbance::Disturbance;
-    use crate::quiet::jitter::{Gap, Gaps};
+    use crate::quiet::jitter::{Gaps, Lengths};
 
     fn result(test: Test, core: u32) -> CoreResult {
         let clock = Clock { hz: 1e9 };
@@ -239,16 +318,46 @@ mod tests {
             gaps: (test == Test::Jitter).then(|| Gaps {
                 count: 7,
                 lost_ppm: 6.2,
-                worst: vec![Gap { at_s: 1.5, ns: 12_000.0 }],
+                worst: vec![Gap { at_s: 1.5, ns: 12_000.0, ..Gap::default() }],
+                lengths: vec![
+                    Lengths { from_ns: 1_000, count: 6, worst_ns: 1_900.0 },
+                    Lengths { from_ns: 10_000, count: 1, worst_ns: 12_000.0 },
+                ],
             }),
             disturbance: Disturbance {
                 interrupts: [("LOC: Local <timer>".to_owned(), 3), ("RES: Rescheduling".to_owned(), 1)]
                     .into(),
+                softirqs: [("TIMER".to_owned(), 2)].into(),
+                threads: [("kworker/2:1".to_owned(), 4)].into(),
+                smis: None,
                 involuntary_switches: 2,
                 stolen_ms: 30,
                 ..Default::default()
             },
         }
+    }
+
+    #[test]
+    fn a_traced_gap_is_told_with_its_cause_and_counted_smis_are_named() {
+        let mut report = example();
+        for r in &mut report.results {
+            r.disturbance.smis = Some(3);
+            r.gaps
+                .iter_mut()
+                .flat_map(|gaps| &mut gaps.worst)
+                .for_each(|gap| gap.by = vec!["timer".into(), "thread x".into()]);
+        }
+        let text = tables(&report);
+        assert!(
+            text.contains("\n          12.0 µs at 1.500 s: timer, thread x\n")
+                && !text.contains("longest gaps"),
+            "{text}"
+        );
+        assert!(
+            text.contains("3 SMIs of the firmware, taken away 2")
+                && text.contains("(3 SMIs of the firmware,"),
+            "{text}"
+        );
     }
 
     fn example() -> Report {
@@ -261,6 +370,7 @@ mod tests {
                 interval_ns: 200_000,
                 gap_ns: 1_000,
                 limit_ns: Some(10_000),
+                trace: false,
             },
             machine: Machine::read(std::path::Path::new("/")),
             without: vec![],
@@ -279,6 +389,10 @@ mod tests {
             "3 x LOC: Local <timer>, 1 x RES",
             "taken away 2 times, 30 ms stolen",
             "longest gaps (from 1 µs): 12.0 µs at 1.500 s",
+            "ran there: 4 x kworker/2:1",
+            "softirqs: 2 x TIMER",
+            "gaps from  core 2  core 3  longest",
+            "10 µs       1       1  12.0 µs",
             "core 2: 7 gaps but only 6 interrupts and switches",
             "Limit 10 µs: EXCEEDED by core 2 (wake-up 12.0 µs), core 3",
         ] {
@@ -291,7 +405,8 @@ mod tests {
     #[test]
     fn the_page_stands_alone_with_a_chart_for_each_test() {
         let page = page(&example());
-        assert_eq!(page.matches("<svg").count(), 2);
+        // And one of the gaps.
+        assert_eq!(page.matches("<svg").count(), 3);
         assert!(page.contains("Local &lt;timer&gt;") && !page.contains("<timer>"));
         for outside in ["http://", "https://", "<script", "<link", "@import", "url("] {
             assert!(!page.contains(outside), "{outside}");

@@ -10,13 +10,18 @@ mod server;
 use std::path::{Path, PathBuf};
 
 use axum::Json;
+use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use run_dir::{RunDirError, run_dir_of_client, run_dir_of_server};
-pub use server::{ControlError, ControlServer, ControlSocket, HEAD_MAX};
+pub use server::{ControlError, ControlServer, ControlSocket, HEAD_MAX, converse};
+
+/// No request has a longer body that is worth reading: what is typed on a console is short, and there is nothing else.
+const BODY_MAX: usize = 4_096;
 
 /// The longest path that the address of a UNIX socket holds (`sun_path`, less its terminating zero byte).
 pub const SOCKET_PATH_MAX: usize = 107;
@@ -53,15 +58,21 @@ pub fn failure(status: StatusCode, error: impl Into<String>) -> Response {
     (status, Json(Failure { error: error.into() })).into_response()
 }
 
-/// The answers where there is nothing to ask, or not in this way.
-pub fn fallbacks<S: Clone + Send + Sync + 'static>(router: axum::Router<S>) -> axum::Router<S> {
+/// The paths of a control socket whole: what they mean as OpenAPI, answers where there is nothing to ask or not in this way,
+/// bodies that are short.
+pub fn described<S: Clone + Send + Sync + 'static>(
+    router: axum::Router<S>,
+    description: fn() -> utoipa::openapi::OpenApi,
+) -> axum::Router<S> {
     router
+        .route("/v1/openapi.json", get(async move || Json(description())))
         .fallback(async || {
             failure(StatusCode::NOT_FOUND, "there is nothing at this path; see /v1/openapi.json")
         })
         .method_not_allowed_fallback(async || {
             failure(StatusCode::METHOD_NOT_ALLOWED, "this path has another method; see /v1/openapi.json")
         })
+        .layer(DefaultBodyLimit::max(BODY_MAX))
 }
 
 /// Text as a part of a path, or as a value in its query.

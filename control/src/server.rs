@@ -188,18 +188,23 @@ async fn accept(
             },
         };
         let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
-        let service = TowerToHyperService::new(router.clone());
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(REQUEST_TIME)
-            .max_buf_size(HEAD_MAX)
-            .serve_connection(TokioIo::new(stream), service);
+        let router = router.clone();
         tokio::spawn(async move {
-            // A client that misbehaves or vanishes is its own problem: there is nobody to tell.
-            let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
+            converse(stream, router).await;
             drop(slot);
         });
     }
+}
+
+/// Answers one client until it is gone, for a bounded time.
+pub async fn converse(stream: tokio::net::UnixStream, router: axum::Router) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_TIME)
+        .max_buf_size(HEAD_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // A client that misbehaves or vanishes is its own problem: there is nobody to tell.
+    let _ = tokio::time::timeout(CONNECTION_TIME, connection).await;
 }
 
 /// The file of our socket; removed when dropped, unless it is somebody else's by now.

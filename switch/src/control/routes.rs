@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use control::{Failure, failure, fallbacks};
+use control::{Failure, described, failure};
 use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
@@ -19,9 +19,6 @@ use super::report::{
 };
 use super::{SwitchState, VfChange};
 use crate::capture::Filter;
-
-/// No request has a body worth reading.
-const BODY_MAX: usize = 4_096;
 
 /// What answers.
 type Answers = Arc<dyn SwitchState>;
@@ -66,7 +63,6 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// All paths.
 pub fn router(answers: Arc<dyn SwitchState>) -> Router {
     let paths = Router::new()
-        .route("/v1/openapi.json", get(async || Json(openapi())))
         .route("/v1/switch", get(switch))
         .route("/v1/stats", get(stats))
         .route("/v1/ports", get(ports))
@@ -76,7 +72,7 @@ pub fn router(answers: Arc<dyn SwitchState>) -> Router {
         .route("/v1/captures", post(capture))
         .route("/v1/captures/{id}", get(captured).delete(end_capture))
         .route("/v1/reload", post(reload));
-    fallbacks(paths).layer(DefaultBodyLimit::max(BODY_MAX)).with_state(answers)
+    described(paths, openapi).with_state(answers)
 }
 
 /// Which switch this is.

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use control::{Failure, failure, fallbacks};
+use control::{Failure, described, failure};
 use serde::Deserialize;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
@@ -20,8 +20,6 @@ use super::report::*;
 use crate::life::Life;
 use crate::machine::{Done, Remote};
 
-/// What is typed at a time is short.
-const BODY_MAX: usize = 4_096;
 /// The longest that an answer is waited for by a client that asked to.
 const WAIT_MAX: u64 = 5;
 /// How often is looked for news meanwhile.
@@ -65,7 +63,6 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// All paths.
 pub fn router(life: Arc<Life>) -> Router {
     let paths = Router::new()
-        .route("/v1/openapi.json", get(async || Json(openapi())))
         .route("/v1/vm", get(vm))
         .route("/v1/events", get(events))
         .route("/v1/pause", post(pause))
@@ -74,7 +71,7 @@ pub fn router(life: Arc<Life>) -> Router {
         .route("/v1/shutdown", post(shutdown))
         .route("/v1/kill", post(kill))
         .route("/v1/console", get(console).post(type_on_console));
-    fallbacks(paths).layer(DefaultBodyLimit::max(BODY_MAX)).with_state(life)
+    described(paths, openapi).with_state(life)
 }
 
 /// The machine.

@@ -84,20 +84,26 @@ fn a_machine_rests_goes_on_and_reboots_as_it_is_told() {
     assert!(gone.contains("no guest to tell"), "{gone}");
 }
 
+/// A guest of dots that rests, and is told `what`: how it ends.
+fn resting_and_told(what: &str) -> Ended {
+    let run_dir = tempfile::tempdir().unwrap();
+    let guest = dots();
+    let (door, _server) = serve(&guest, run_dir.path());
+    let waiting = std::thread::spawn(move || guest.end());
+    assert_eq!(tell(&door, "/v1/pause").unwrap(), MachineState::Paused);
+    tell(&door, what).unwrap();
+    waiting.join().unwrap().0
+}
+
 #[test]
 fn a_guest_that_does_not_listen_to_its_power_button_is_ended_in_time_also_when_it_rested() {
     if no_kvm() {
         return;
     }
-    let run_dir = tempfile::tempdir().unwrap();
-    let guest = dots();
-    let (door, _server) = serve(&guest, run_dir.path());
-    let waiting = std::thread::spawn(move || guest.end());
-    tell(&door, "/v1/pause").unwrap();
-    assert_eq!(tell(&door, "/v1/shutdown?timeout=1").unwrap(), MachineState::ShuttingDown);
     let start = Instant::now();
-    assert_eq!(waiting.join().unwrap().0, Ended::Stopped);
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert_eq!(resting_and_told("/v1/shutdown?timeout=1"), Ended::Stopped);
+    let took = start.elapsed();
+    assert!((Duration::from_secs(1)..Duration::from_secs(25)).contains(&took), "{took:?}");
 }
 
 #[test]
@@ -105,11 +111,5 @@ fn a_resting_machine_is_ended_at_once() {
     if no_kvm() {
         return;
     }
-    let run_dir = tempfile::tempdir().unwrap();
-    let guest = dots();
-    let (door, _server) = serve(&guest, run_dir.path());
-    let waiting = std::thread::spawn(move || guest.end());
-    tell(&door, "/v1/pause").unwrap();
-    tell(&door, "/v1/kill").unwrap();
-    assert_eq!(waiting.join().unwrap().0, Ended::Stopped);
+    assert_eq!(resting_and_told("/v1/kill"), Ended::Stopped);
 }

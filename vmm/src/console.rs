@@ -87,6 +87,20 @@ impl Console {
         Ok(Some((console, Output { queue, lost, scrollback: scrollback.clone() })))
     }
 
+    /// For tests: what is printed is thrown away.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn open_nowhere() -> (Self, Output) {
+        let (queue, bytes) = unbounded();
+        let (done, written) = bounded(1);
+        std::thread::spawn(move || {
+            write_out(&bytes, Box::new(io::sink()));
+            let _ = done.send(());
+        });
+        let lost = Arc::new(AtomicU64::new(0));
+        let console = Self { written, lost: lost.clone(), reader: None, _raw: None };
+        (console, Output { queue, lost, scrollback: Arc::default() })
+    }
+
     /// Gives `take` what comes in on standard input, if anything can; it says how many bytes it took. A terminal is set to
     /// pass every key on.
     pub(crate) fn listen(

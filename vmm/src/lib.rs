@@ -4,6 +4,10 @@
 //! vhost-user socket. Whatever a guest writes, to memory or to a register, is read once and checked before it is used.
 
 pub mod acpi;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+#[allow(clippy::unwrap_used, reason = "code of tests may panic")]
+pub mod any_bytes;
 pub mod boot;
 mod buffers;
 pub mod config;
@@ -25,7 +29,8 @@ pub mod probe;
 mod rng;
 mod scrollback;
 pub mod terminal;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[allow(clippy::unwrap_used, reason = "code of tests may panic")]
 mod test_driver;
 mod vcpu;
 pub mod vfio;

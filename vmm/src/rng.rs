@@ -29,7 +29,12 @@ impl Rng {
     /// # Errors
     /// No more threads or descriptors.
     pub(crate) fn new(memory: &Arc<GuestMemory>) -> io::Result<Self> {
-        Workers::new("rng", memory, vec![Server]).map(Self)
+        Workers::new("rng", memory, vec![Self::server()]).map(Self)
+    }
+
+    /// What works on its queue.
+    pub(crate) fn server() -> impl Serve {
+        Server
     }
 }
 

@@ -47,13 +47,21 @@ impl VirtioConsole {
     /// No more threads or descriptors.
     pub(crate) fn new(output: Output, memory: &Arc<GuestMemory>) -> Result<(Self, Typed), StartError> {
         let memory = memory.for_rings().map_err(GuestMemoryError::from)?;
-        let (typed, into) = std::io::pipe().map_err(StartError::Device)?;
-        for end in [typed.as_fd(), into.as_fd()] {
-            fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| StartError::Device(e.into()))?;
-        }
-        let serve = vec![Server::Receive(Some(typed)), Server::Transmit(output)];
+        let (serve, typed) = Self::servers(output).map_err(StartError::Device)?;
         let workers = Workers::new("console", &memory, serve).map_err(StartError::Device)?;
-        Ok((Self(workers), Typed(into)))
+        Ok((Self(workers), typed))
+    }
+
+    /// What works on its queues.
+    ///
+    /// # Errors
+    /// No more descriptors.
+    pub(crate) fn servers(output: Output) -> io::Result<(Vec<impl Serve>, Typed)> {
+        let (typed, into) = std::io::pipe()?;
+        for end in [typed.as_fd(), into.as_fd()] {
+            fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        }
+        Ok((vec![Server::Receive(Some(typed)), Server::Transmit(output)], Typed(into)))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::config::{DiskAio, DiskConfig};
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
 use crate::virtio_pci::{Activation, VirtioDevice};
-use crate::worker::{Threads, Workers};
+use crate::worker::{Serve, Threads, Workers};
 pub(crate) use image::DiskError;
 use image::Image;
 use request::{FEATURE_FLUSH, ID, Server};
@@ -83,18 +83,7 @@ impl Disk {
         {
             offered |= if wanted { feature } else { 0 };
         }
-        let mut id = [0; ID];
-        id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
-        let server = |under_way| Server {
-            image: image.clone(),
-            read_only: config.read_only,
-            discard,
-            id,
-            write_through: true,
-            under_way,
-        };
-        let mut rings = rings(config, &image, memory).into_iter();
-        let serve = (0..config.queues).map(|_| server(rings.next())).collect();
+        let serve = Self::servers(config, &image, memory);
         let cores = config.iothread_cores.as_deref().unwrap_or_default();
         let threads = Threads { count: config.iothreads.into(), cores };
         Ok(Self {
@@ -105,6 +94,26 @@ impl Disk {
             queue_size: config.queue_size,
             workers: Workers::on(&config.name, memory, serve, threads)?,
         })
+    }
+
+    /// What works on its queues.
+    pub(crate) fn servers(
+        config: &DiskConfig,
+        image: &Arc<Image>,
+        memory: &Arc<GuestMemory>,
+    ) -> Vec<impl Serve + use<>> {
+        let mut id = [0; ID];
+        id.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
+        let server = |under_way| Server {
+            image: image.clone(),
+            read_only: config.read_only,
+            discard: config.discard && !config.read_only,
+            id,
+            write_through: true,
+            under_way,
+        };
+        let mut rings = rings(config, image, memory).into_iter();
+        (0..config.queues).map(|_| server(rings.next())).collect()
     }
 }
 

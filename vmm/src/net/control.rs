@@ -112,6 +112,14 @@ pub(super) struct Control<F> {
     pub(super) use_pairs: F,
 }
 
+/// For tests of any bytes: the control queue of a card with four pairs.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn any_control() -> impl Serve {
+    let state = std::sync::Arc::new(CardState::new([2; 6], true));
+    let use_pairs = |pairs| assert!((1..=4).contains(&pairs), "{pairs} of four pairs");
+    Control { state, pairs: 4, features: 0, use_pairs }
+}
+
 impl<F: FnMut(u16) + Send + 'static> Serve for Control<F> {
     fn start(&mut self, features: u64) {
         self.features = features;

@@ -24,6 +24,8 @@ use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup, VirtioDevice};
 use crate::worker::Workers;
+#[cfg(any(test, fuzzing))]
+pub(crate) use control::any_control;
 use control::{CardState, Control};
 use session::{Command, Session, Ties};
 

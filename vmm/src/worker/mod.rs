@@ -7,7 +7,7 @@
 //! System calls of these threads, but for those of a [`Serve`]: poll, read and write of eventfds, io_submit and
 //! io_getevents (`host::signal`), futex; munmap, madvise and sched_yield at their end.
 
-mod queue;
+pub(crate) mod queue;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -98,7 +98,7 @@ enum Command {
 
 /// Counters of one queue; its thread writes them.
 #[derive(Default)]
-struct Counters {
+pub(crate) struct Counters {
     requests: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,

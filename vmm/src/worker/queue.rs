@@ -18,10 +18,10 @@ use crate::virtio_pci::QueueSetup;
 const BURST: usize = 32;
 
 /// A queue and what works on it.
-pub(super) struct Queue<S> {
-    pub(super) name: String,
-    pub(super) serve: S,
-    pub(super) counters: Arc<Counters>,
+pub(crate) struct Queue<S> {
+    pub(crate) name: String,
+    pub(crate) serve: S,
+    pub(crate) counters: Arc<Counters>,
     running: Option<Running>,
 }
 
@@ -39,7 +39,7 @@ struct Running {
 }
 
 impl<S: Serve> Queue<S> {
-    pub(super) fn new(name: String, serve: S) -> Self {
+    pub(crate) fn new(name: String, serve: S) -> Self {
         Self { name, serve, counters: Arc::default(), running: None }
     }
 
@@ -47,7 +47,7 @@ impl<S: Serve> Queue<S> {
     ///
     /// # Errors
     /// It makes no sense.
-    pub(super) fn start(
+    pub(crate) fn start(
         &mut self,
         features: u64,
         setup: QueueSetup,
@@ -78,13 +78,13 @@ impl<S: Serve> Queue<S> {
     }
 
     /// Lets go of the ring, when nothing is under way any more. Whether there was one.
-    pub(super) fn stop(&mut self) -> bool {
+    pub(crate) fn stop(&mut self) -> bool {
         self.forget();
         self.running.take().is_some()
     }
 
     /// The ring made no sense: it is not touched any more.
-    pub(super) fn give_up(&mut self) {
+    pub(crate) fn give_up(&mut self) {
         self.forget();
         if let Some(running) = &mut self.running {
             running.ring = None;
@@ -98,7 +98,7 @@ impl<S: Serve> Queue<S> {
     }
 
     /// Waits for what is under way, and tells the driver: nothing is then, until the next turn.
-    pub(super) fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.serve.settle();
         self.collect();
         self.publish();
@@ -108,7 +108,7 @@ impl<S: Serve> Queue<S> {
     ///
     /// # Errors
     /// The ring makes no sense.
-    pub(super) fn turn(&mut self) -> Result<bool, RingError> {
+    pub(crate) fn turn(&mut self) -> Result<bool, RingError> {
         let mut empty = false;
         let mut worked = false;
         for _ in 0..BURST {
@@ -189,14 +189,14 @@ impl<S: Serve> Queue<S> {
     }
 
     /// What says that there is something to do: the driver's descriptor, which is to be read then, and others.
-    pub(super) fn sources(&self) -> (Option<BorrowedFd<'_>>, Option<BorrowedFd<'_>>) {
+    pub(crate) fn sources(&self) -> (Option<BorrowedFd<'_>>, Option<BorrowedFd<'_>>) {
         let Some(Running { ring: Some(_), setup, starved, .. }) = &self.running else { return (None, None) };
         let kick = (!starved).then(|| descriptor(&setup.kick));
         (kick, self.serve.source().filter(|_| *starved || self.serve.is_under_way()))
     }
 
     /// Forgets that the driver said something: it is looked for now.
-    pub(super) fn heard(&self) {
+    pub(crate) fn heard(&self) {
         if let Some(running) = &self.running {
             let _ = running.setup.kick.read();
         }

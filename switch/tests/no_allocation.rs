@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use switch::bridge::{BridgePlan, Fdb, PortPlan};
-use switch::config::Idle;
+use switch::config::{Idle, Inject, Share};
 use switch::events::Events;
-use switch::plan::{Devices, Plan, Plans};
+use switch::inject::{Injection, Injections, Lanes};
+use switch::plan::{Devices, Extras, Plan, Plans};
 use switch::vhost_port::{VhostDevice, VhostPort};
 use switch::worker::{Worker, WorkerShared};
 use vhost_user::{Device, QueueStart};
@@ -177,7 +178,8 @@ impl Guest {
         let len = if n.is_multiple_of(5) { 700 } else { 60 + n as usize % 400 };
         let unfinished = n.is_multiple_of(7);
         let header = if unfinished { NetHeader::PLAIN.with_checksum(34, 16) } else { NetHeader::PLAIN };
-        let frame = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0x88, 0xb5];
+        // Addresses that differ in more than the one bit that damage may turn round.
+        let frame = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0xfe, 0x88, 0xb5];
         for (i, byte) in header.0.iter().chain(&frame).enumerate() {
             // SAFETY: within this frame's buffer, which the device has given back.
             unsafe { self.memory.0.add(at + i).write_volatile(*byte) };
@@ -191,7 +193,8 @@ impl Guest {
     }
 }
 
-fn pass_frames(layout: Layout) {
+/// Lets frames pass from one guest to the other, who suffer on purpose if `inject` says so: as they come in, and as they go out.
+fn pass_frames(layout: Layout, frames: u64, inject: Option<&Inject>) {
     let events = Events::channel(64).0;
     let ports = [0, 1].map(|number| VhostPort::new(number, "vnf", 1, events.clone()));
     let [mut sender, mut receiver] = [&ports[0], &ports[1]].map(|port| Guest::new(port, layout));
@@ -201,7 +204,7 @@ fn pass_frames(layout: Layout) {
         ports: ports.iter().cloned().map(Some).collect(),
         queues: vec![ports.iter().flat_map(|port| port.rx.iter().cloned()).collect()],
         devices: Devices::default(),
-        extras: None,
+        extras: Extras { injections: injections(inject), ..Extras::default() }.any(),
         burst: 64,
         idle: Idle::Poll,
     };
@@ -213,7 +216,7 @@ fn pass_frames(layout: Layout) {
         WATCHED.set(false);
     });
     let mut sent = 0;
-    while sent < FRAMES / 2 {
+    while sent < frames {
         receiver.receive();
         let before = sent;
         while sent < before + 64 && sender.send(sent) {
@@ -231,16 +234,37 @@ fn pass_frames(layout: Layout) {
     shared.stop.store(true, Ordering::Relaxed);
     thread.join().unwrap();
     let (out, dropped) = (&ports[1].tx[0].counters, counters.drops.total());
-    assert_eq!((counters.received.get(), dropped), (sent, 0));
-    assert_eq!(out.sent.get() + out.drops.total(), sent);
-    assert!(out.sent.get() > sent / 10, "{} of {sent} frames arrived", out.sent.get());
+    assert_eq!((counters.received.get(), dropped > 0), (sent, inject.is_some()));
+    let out_dropped: u64 = out.all_drops().iter().map(|(_, n)| n).sum();
+    assert_eq!(out.sent.get() + out_dropped, out.all_offered());
+    // Those that waited when the worker ended are no more.
+    assert!(
+        (sent - dropped).abs_diff(out.all_offered()) < 1_000,
+        "{sent} - {dropped}, {}",
+        out.all_offered()
+    );
+    let drops = (counters.drops.list(), out.all_drops());
+    assert!(out.sent.get() > sent / 10, "{} of {sent} frames arrived: {drops:?}", out.sent.get());
+}
+
+fn injections(inject: Option<&Inject>) -> Injections {
+    let of = |inject| [0, 1].map(|port| Injection { port, lanes: Lanes::new(inject, 1) }).into();
+    Injections::new(inject.map_or_else(Vec::new, of))
 }
 
 #[test]
 fn a_worker_allocates_nothing_over_a_million_frames() {
     for layout in [Layout::Split, Layout::Packed] {
-        pass_frames(layout);
+        pass_frames(layout, FRAMES / 2, None);
     }
+    // Not twice: a frame that comes twice is received twice, and who sends counts on the number.
+    let share = Share::of_millionths(20_000);
+    let delay = std::time::Duration::from_micros(100);
+    pass_frames(
+        Layout::Split,
+        FRAMES / 10,
+        Some(&Inject { drop: share, corrupt: share, reorder: share, delay, ..Inject::default() }),
+    );
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), 0);
     // The allocator does count: one box on a watched thread is seen.
     WATCHED.set(true);

@@ -210,7 +210,7 @@ fn faults_are_written_in_percent_and_a_port_traces_to_a_file_of_its_own() {
         parse(&file).unwrap_err().to_string()
     };
     let file = "/run/cableway/f is written by port `a` on line";
-    assert!(two("kind = 'null'\ntrace = 'f'", "kind = 'null'\ntrace = './f'").contains(file));
+    assert!(two("kind = 'null'\ntrace = 'f'", "kind = 'null'\ntrace = 'f'").contains(file));
     assert!(two("kind = 'pcap'\nrecord = 'f'", "kind = 'null'\ntrace = 'f'").contains(file));
     assert!(
         two("kind = 'pcap'\nreplay = 'f'", "kind = 'null'\ntrace = 'f'")

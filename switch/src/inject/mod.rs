@@ -96,7 +96,7 @@ impl OnLane<'_> {
 }
 
 /// All lanes of a port.
-pub(crate) struct Lanes {
+pub struct Lanes {
     inward: Vec<Lane>,
     outward: Lane,
 }
@@ -113,7 +113,7 @@ pub(crate) struct Done {
 
 impl Lanes {
     /// Those of a port with so many queues, as `inject` says.
-    pub(crate) fn new(inject: &Inject, queues: u16) -> Arc<Self> {
+    pub fn new(inject: &Inject, queues: u16) -> Arc<Self> {
         let inward = (0..queues).map(|queue| Lane::new(2 * u64::from(queue))).collect();
         let lanes = Self { inward, outward: Lane::new(1) };
         lanes.change(inject);
@@ -172,13 +172,16 @@ fn done(counters: &LineCounters) -> Done {
 pub struct Injections(Vec<Injection>);
 
 /// One of them.
-pub(crate) struct Injection {
-    pub(crate) port: u16,
-    pub(crate) lanes: Arc<Lanes>,
+pub struct Injection {
+    /// Number of the port.
+    pub port: u16,
+    /// Its lanes.
+    pub lanes: Arc<Lanes>,
 }
 
 impl Injections {
-    pub(crate) fn new(ports: Vec<Injection>) -> Self {
+    /// These.
+    pub fn new(ports: Vec<Injection>) -> Self {
         Self(ports)
     }
 

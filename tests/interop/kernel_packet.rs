@@ -2,61 +2,15 @@
 
 use std::time::Duration;
 
-use super::namespaces::{Namespace, run, try_run};
-use super::switch::{Switch, conserved, sum};
-
-const A: &str = "198.51.100.1";
-const B: &str = "198.51.100.2";
-
-/// Two namespaces, each at the end of a veth pair whose other end is the switch's.
-struct Pair {
-    a: Namespace,
-    b: Namespace,
-    switch: Switch,
-    ends: [String; 2],
-}
-
-/// The near end of a pair whose far end, `far`, is in `namespace`.
-fn cable(which: &str, namespace: &Namespace, address: &str) -> String {
-    let near = format!("cwv{which}{}", std::process::id() % 1_000_000);
-    run(&format!("ip link add {near} type veth peer name far netns {}", namespace.name));
-    run(&format!("ip link set {near} up"));
-    namespace.set_up("far", address);
-    near
-}
-
-impl Drop for Pair {
-    /// At once: a namespace that ends takes its interfaces along only some time later.
-    fn drop(&mut self) {
-        self.ends.iter().for_each(|end| drop(try_run(&format!("ip link del {end}"))));
-    }
-}
-
-impl Pair {
-    fn with(switch: &str, kind: &str) -> Self {
-        let (a, b) = (Namespace::new("a"), Namespace::new("b"));
-        let ends = [cable("a", &a, A), cable("b", &b, B)];
-        let mut config = format!("[switch]\nworkers = [1]\n{switch}\n");
-        for (name, end) in ["a", "b"].iter().zip(&ends) {
-            config += &format!("[[port]]\nname = \"{name}\"\nkind = \"{kind}\"\ndevice = \"{end}\"\n");
-        }
-        let switch = Switch::of_text(&config);
-        a.waits_for(B);
-        Self { a, b, switch, ends }
-    }
-
-    fn tcp(&self, options: &str) -> f64 {
-        let _server = self.b.start("iperf3 --server --one-off");
-        std::thread::sleep(Duration::from_millis(300));
-        self.a.iperf3(B, 2, options)
-    }
-}
+use super::cables::{B, Cable, Pair};
+use super::namespaces::run;
+use super::switch::{conserved, sum};
 
 #[test]
 #[ignore = "needs root, namespaces, iperf3: ./check kernel"]
 fn tcp_crosses_two_packet_sockets_in_large_frames_both_ways() {
     for idle in ["poll", "sleep"] {
-        let pair = Pair::with(&format!("idle = \"{idle}\""), "af_packet");
+        let pair = Pair::with(&format!("idle = \"{idle}\""), "af_packet", "", Cable::Plain);
         let (there, back) = (pair.tcp(""), pair.tcp("--reverse"));
         println!("idle = {idle}: {:.2} Gbit/s there, {:.2} Gbit/s back", there / 1e9, back / 1e9);
         std::thread::sleep(Duration::from_millis(100));
@@ -76,7 +30,7 @@ fn tcp_crosses_two_packet_sockets_in_large_frames_both_ways() {
 #[test]
 #[ignore = "needs root, namespaces, iperf3: ./check kernel"]
 fn an_interface_that_goes_down_or_away_stops_its_port_until_it_is_back() {
-    let mut pair = Pair::with("idle = \"sleep\"", "af_packet");
+    let mut pair = Pair::with("idle = \"sleep\"", "af_packet", "", Cable::Plain);
     let flood = pair.a.start(&format!("ping -q -f {B}"));
     std::thread::sleep(Duration::from_millis(200));
     run(&format!("ip link set {} down", pair.ends[1]));
@@ -87,7 +41,7 @@ fn an_interface_that_goes_down_or_away_stops_its_port_until_it_is_back() {
     run(&format!("ip link del {}", pair.ends[1]));
     pair.switch.waits_for_state("b", "stopped", "there is no interface");
     assert_eq!(pair.switch.json("ports")["ports"][0]["state"], "up");
-    assert_eq!(cable("b", &pair.b, B), pair.ends[1]);
+    assert_eq!(Cable::Plain.lay("b", &pair.b, B), pair.ends[1]);
     pair.switch.waits_for_state("b", "up", "");
     drop(flood);
     pair.a.run("ip neigh flush all");

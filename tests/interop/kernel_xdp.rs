@@ -6,68 +6,16 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::cables::{A, B, Cable, Pair};
 use super::namespaces::{Namespace, run, try_run};
 use super::switch::{Switch, conserved, sum};
-
-const A: &str = "198.51.100.1";
-const B: &str = "198.51.100.2";
 
 /// Rounds of a comparison, of which the median counts.
 const ROUNDS: usize = 5;
 
-/// Two namespaces, each at the end of a veth pair whose other end is the switch's.
-struct Pair {
-    a: Namespace,
-    b: Namespace,
-    switch: Switch,
-    ends: [String; 2],
-}
-
-/// The near end of a pair with `queues` queues, whose far end, `far`, is in `namespace`. What is sent there is finished: XDP knows
-/// nothing of checksums that are left undone.
-fn cable(which: &str, namespace: &Namespace, address: &str, queues: usize) -> String {
-    let near = format!("cwx{which}{}", std::process::id() % 1_000_000);
-    let queues = format!("numrxqueues {queues} numtxqueues {queues}");
-    run(&format!("ip link add {near} {queues} type veth peer name far netns {} {queues}", namespace.name));
-    run(&format!("ip link set {near} up"));
-    namespace.run("ethtool -K far tx off");
-    namespace.set_up("far", address);
-    near
-}
-
-impl Drop for Pair {
-    /// At once: a namespace that ends takes its interfaces along only some time later.
-    fn drop(&mut self) {
-        self.ends.iter().for_each(|end| drop(try_run(&format!("ip link del {end}"))));
-    }
-}
-
-fn config(switch: &str, ends: &[String; 2], kind: &str, keys: &str) -> String {
-    let port =
-        |(name, end)| format!("[[port]]\nname = \"{name}\"\nkind = \"{kind}\"\ndevice = \"{end}\"\n{keys}\n");
-    let ports: String = ["a", "b"].iter().zip(ends).map(port).collect();
-    format!("[switch]\nworkers = [1]\n{switch}\n{ports}")
-}
-
-impl Pair {
-    fn with(switch: &str, kind: &str, keys: &str, queues: usize) -> Self {
-        let (a, b) = (Namespace::new("a"), Namespace::new("b"));
-        let ends = [cable("a", &a, A, queues), cable("b", &b, B, queues)];
-        let switch = Switch::of_text(&config(switch, &ends, kind, keys));
-        a.waits_for(B);
-        Self { a, b, switch, ends }
-    }
-
-    fn tcp(&self, options: &str) -> f64 {
-        let _server = self.b.start("iperf3 --server --one-off");
-        std::thread::sleep(Duration::from_millis(300));
-        self.a.iperf3(B, 2, options)
-    }
-
-    /// Whether the kernel shows an XDP program on an end.
-    fn has_program(&self, end: usize) -> bool {
-        run(&format!("ip link show {}", self.ends[end])).contains("prog/xdp")
-    }
+/// Whether the kernel shows an XDP program on an end of a pair.
+fn has_program(pair: &Pair, end: usize) -> bool {
+    run(&format!("ip link show {}", pair.ends[end])).contains("prog/xdp")
 }
 
 /// Cycles that the worker was busy for a frame.
@@ -79,8 +27,8 @@ fn cycles(stats: &Value) -> f64 {
 #[ignore = "needs root, namespaces, iperf3, ethtool: ./check kernel"]
 fn tcp_crosses_two_xdp_sockets_both_ways_and_the_program_goes_with_the_switch() {
     for idle in ["poll", "sleep"] {
-        let mut pair = Pair::with(&format!("idle = \"{idle}\""), "af_xdp", "", 1);
-        assert!(pair.has_program(0) && pair.has_program(1));
+        let mut pair = Pair::with(&format!("idle = \"{idle}\""), "af_xdp", "", Cable::Finished(1));
+        assert!(has_program(&pair, 0) && has_program(&pair, 1));
         let (there, back) = (pair.tcp(""), pair.tcp("--reverse"));
         println!("idle = {idle}: {:.2} Gbit/s there, {:.2} Gbit/s back", there / 1e9, back / 1e9);
         std::thread::sleep(Duration::from_millis(100));
@@ -103,14 +51,14 @@ fn tcp_crosses_two_xdp_sockets_both_ways_and_the_program_goes_with_the_switch() 
         let _ = try_run(&format!("kill -9 {}", pair.switch.pid()));
         pair.switch.wait();
         std::thread::sleep(Duration::from_millis(200));
-        assert!(!pair.has_program(0) && !pair.has_program(1), "the program outlived its switch");
+        assert!(!has_program(&pair, 0) && !has_program(&pair, 1), "the program outlived its switch");
     }
 }
 
 #[test]
 #[ignore = "needs root, namespaces, ethtool: ./check kernel"]
 fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_it_is_back() {
-    let mut pair = Pair::with("idle = \"sleep\"", "af_xdp", "", 1);
+    let mut pair = Pair::with("idle = \"sleep\"", "af_xdp", "", Cable::Finished(1));
     let flood = pair.a.start(&format!("ping -q -f {B}"));
     std::thread::sleep(Duration::from_millis(200));
     // The far end goes down: the near one has no link.
@@ -126,7 +74,7 @@ fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_i
     run(&format!("ip link del {}", pair.ends[1]));
     pair.switch.waits_for_state("b", "stopped", "there is no interface");
     assert_eq!(pair.switch.json("ports")["ports"][0]["state"], "up");
-    assert_eq!(cable("b", &pair.b, B, 1), pair.ends[1]);
+    assert_eq!(Cable::Finished(1).lay("b", &pair.b, B), pair.ends[1]);
     pair.switch.waits_for_state("b", "up", "");
     drop(flood);
     pair.a.run("ip neigh flush all");
@@ -139,7 +87,7 @@ fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_i
 #[test]
 #[ignore = "needs root, namespaces, iperf3, ethtool: ./check kernel"]
 fn several_queues_of_an_interface_share_its_flows() {
-    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "queue_pairs = 2", 2);
+    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "queue_pairs = 2", Cable::Finished(2));
     let rate = pair.tcp("--parallel 16");
     std::thread::sleep(Duration::from_millis(100));
     let stats = pair.switch.json("stats");
@@ -152,7 +100,7 @@ fn several_queues_of_an_interface_share_its_flows() {
 #[test]
 #[ignore = "needs root and namespaces: ./check kernel"]
 fn what_cannot_work_is_told_with_the_way_out() {
-    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "", 1);
+    let pair = Pair::with("idle = \"sleep\"", "af_xdp", "", Cable::Finished(1));
     let refusal = |config: &str| {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("switch.toml");
@@ -172,7 +120,7 @@ fn what_cannot_work_is_told_with_the_way_out() {
     let taken = refusal(&one(&pair.ends[0], ""));
     assert!(taken.contains("another"), "{taken}");
     let spare = Namespace::new("c");
-    let end = cable("c", &spare, "198.51.100.3", 1);
+    let end = Cable::Finished(1).lay("c", &spare, "198.51.100.3");
     let queues = refusal(&one(&end, "queue_pairs = 2"));
     assert!(queues.contains("1 receive queues") && queues.contains("asks for 2"), "{queues}");
     run(&format!("ip link set {end} mtu 9000"));
@@ -221,7 +169,7 @@ fn xdp_sockets_are_at_least_as_fast_as_packet_sockets() {
     let mut costs = [const { Vec::new() }; 2];
     for _ in 0..ROUNDS {
         for (i, kind) in ["af_packet", "af_xdp"].iter().enumerate() {
-            let pair = Pair::with("idle = \"poll\"", kind, "", 1);
+            let pair = Pair::with("idle = \"poll\"", kind, "", Cable::Finished(1));
             for end in &pair.ends {
                 run(&format!("ethtool -K {end} tx off"));
             }

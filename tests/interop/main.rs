@@ -10,6 +10,7 @@
 // What a test's world is made of stops the test by panicking, with what it expected.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod cables;
 mod documented;
 mod guest;
 mod kernel_guest;

@@ -26,7 +26,7 @@ use super::interface::{self, Interface};
 pub use program::COMMANDS;
 use program::Program;
 pub use receive::XdpSource;
-use ring::{Consumer, Producer};
+use ring::{Consumer, Producer, Ring};
 use socket::{CHUNK, Chunks, LONGEST, Socket};
 pub use transmit::XdpSink;
 
@@ -191,10 +191,10 @@ fn open_queue(interface: libc::c_int, queue: u32) -> Step<(Arc<Socket>, XdpSourc
     let at: xdp_mmap_offsets = socket.option(libc::XDP_MMAP_OFFSETS).map_err(mapping)?;
     let fill_page = libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t;
     let done_page = libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t;
-    let received = Consumer::map(fd, libc::XDP_PGOFF_RX_RING, &at.rx, ENTRIES).map_err(mapping)?;
-    let send = Producer::map(fd, libc::XDP_PGOFF_TX_RING, &at.tx, ENTRIES).map_err(mapping)?;
-    let fill = Producer::map(fd, fill_page, &at.fr, ENTRIES).map_err(mapping)?;
-    let done = Consumer::map(fd, done_page, &at.cr, ENTRIES).map_err(mapping)?;
+    let received = Consumer::of(Ring::map(fd, libc::XDP_PGOFF_RX_RING, &at.rx, ENTRIES).map_err(mapping)?);
+    let send = Producer::of(Ring::map(fd, libc::XDP_PGOFF_TX_RING, &at.tx, ENTRIES).map_err(mapping)?);
+    let fill = Producer::of(Ring::map(fd, fill_page, &at.fr, ENTRIES).map_err(mapping)?);
+    let done = Consumer::of(Ring::map(fd, done_page, &at.cr, ENTRIES).map_err(mapping)?);
     interface::send_buffer(fd, SEND_BUFFER);
     let (memory, socket) = (Arc::new(memory), Arc::new(socket));
     let to_fill = Chunks::new(memory.clone(), 0, ENTRIES);

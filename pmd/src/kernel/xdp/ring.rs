@@ -18,7 +18,7 @@ pub(super) fn broken(what: &'static str) -> io::Error {
 }
 
 /// One ring, mapped.
-struct Ring<T> {
+pub(super) struct Ring<T> {
     start: NonNull<u8>,
     bytes: usize,
     producer: usize,
@@ -34,7 +34,12 @@ unsafe impl<T> Send for Ring<T> {}
 
 impl<T: Copy> Ring<T> {
     /// The ring of `size` entries (a power of two) that `socket` has at `page`.
-    fn map(socket: BorrowedFd<'_>, page: libc::off_t, at: &xdp_ring_offset, size: u32) -> io::Result<Self> {
+    pub(super) fn map(
+        socket: BorrowedFd<'_>,
+        page: libc::off_t,
+        at: &xdp_ring_offset,
+        size: u32,
+    ) -> io::Result<Self> {
         let offset = |offset: u64, align: usize| {
             usize::try_from(offset).ok().filter(|at| at.is_multiple_of(align) && *at < 1 << 20)
         };
@@ -45,6 +50,10 @@ impl<T: Copy> Ring<T> {
             return Err(broken("the kernel describes a ring that cannot be"));
         };
         let bytes = entries + size as usize * size_of::<T>();
+        // All within `bytes`: the kernel places the indices before the entries.
+        if [producer, consumer, flags].iter().any(|index| index + 4 > bytes) {
+            return Err(broken("the kernel describes a ring that cannot be"));
+        }
         let (read_write, shared) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE);
         // SAFETY: a new mapping.
@@ -54,10 +63,6 @@ impl<T: Copy> Ring<T> {
             return Err(io::Error::last_os_error());
         }
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        // All within `bytes`: the kernel places the indices before the entries.
-        if [producer, consumer, flags].iter().any(|index| index + 4 > bytes) {
-            return Err(broken("the kernel describes a ring that cannot be"));
-        }
         Ok(Self { start, bytes, producer, consumer, flags, entries, size, of: PhantomData })
     }
 
@@ -96,13 +101,9 @@ pub(super) struct Producer<T> {
 }
 
 impl<T: Copy> Producer<T> {
-    pub(super) fn map(
-        socket: BorrowedFd<'_>,
-        page: libc::off_t,
-        at: &xdp_ring_offset,
-        size: u32,
-    ) -> io::Result<Self> {
-        Ok(Self { ring: Ring::map(socket, page, at, size)?, next: 0 })
+    /// Puts into `ring`, which is empty.
+    pub(super) fn of(ring: Ring<T>) -> Self {
+        Self { ring, next: 0 }
     }
 
     /// Entries that the kernel did not take yet.
@@ -144,13 +145,9 @@ pub(super) struct Consumer<T> {
 }
 
 impl<T: Copy> Consumer<T> {
-    pub(super) fn map(
-        socket: BorrowedFd<'_>,
-        page: libc::off_t,
-        at: &xdp_ring_offset,
-        size: u32,
-    ) -> io::Result<Self> {
-        Ok(Self { ring: Ring::map(socket, page, at, size)?, next: 0 })
+    /// Takes out of `ring`, which is empty.
+    pub(super) fn of(ring: Ring<T>) -> Self {
+        Self { ring, next: 0 }
     }
 
     /// Entries that are there.

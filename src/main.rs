@@ -4,6 +4,7 @@
 //! wrong and nothing was started. `cableway vm` has three more for what became of its guest (`vm`).
 
 mod bench;
+mod confinement;
 mod demo;
 mod doctor;
 mod image;

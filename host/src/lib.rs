@@ -13,6 +13,7 @@ pub mod partition;
 pub mod pci;
 pub mod plan;
 pub mod program;
+pub mod sandbox;
 pub mod signal;
 pub mod thread;
 pub mod topology;

@@ -9,9 +9,10 @@ use control::client;
 use host::topology;
 use switch::config::{Behind, Config, PortConfig, Side, ThisMachine};
 use switch::control::{door, report::PortsReport};
-use switch::sandbox::files::{FileAccess, Held};
+use switch::sandbox::files;
 
 use super::Place;
+use crate::confinement;
 use crate::node::cores::Planner;
 use crate::output::{self, refuse};
 
@@ -73,7 +74,7 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
         switch.fdb_age.as_secs()
     )?;
     writeln!(text, "  answer questions on {}", door(run_dir).socket.display())?;
-    writeln!(text, "  {}", files(config, run_dir)?)?;
+    writeln!(text, "  {}", confinement::files(files::of(config, run_dir).as_ref())?)?;
     writeln!(text, "  serve {} port(s):\n", config.ports.len())?;
     let mut table =
         output::table(&["port", "what it does", "VLAN", "queue pairs", "workers", "memory up to"], &[3, 5]);
@@ -92,36 +93,6 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
     }
     writeln!(text, "{table}")?;
     Ok(text)
-}
-
-/// Which files it would be held to. Tried on a thread that ends at once: only the kernel knows how far.
-fn files(config: &Config, run_dir: &Path) -> Result<String> {
-    let Some(files) = FileAccess::of(config, run_dir) else {
-        return Ok("open whatever files its user can: `confine_files` is off".to_owned());
-    };
-    let held = std::thread::scope(|scope| scope.spawn(|| files.confine()).join());
-    let held = held.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let list =
-        |dirs: &[PathBuf]| dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>().join(", ");
-    let (read, sockets) = (list(&files.read), list(&files.sockets));
-    let text = format!("read files only beneath {read}, make sockets only beneath {sockets}");
-    let text = match list(&files.write) {
-        write if write.is_empty() => text,
-        write => format!("{text}, write files beneath {write}"),
-    };
-    let text = match list(&files.devices) {
-        devices if devices.is_empty() => text,
-        devices => format!("{text}, open {devices}"),
-    };
-    Ok(match held {
-        Held::Fully => text,
-        Held::Partly => {
-            format!("{text} (this kernel's Landlock is an older one, and holds it to that only in part)")
-        }
-        Held::NotAtAll => {
-            "open whatever files its user can: this kernel has no Landlock to hold it to its own".to_owned()
-        }
-    })
 }
 
 fn behind(port: &PortConfig) -> String {

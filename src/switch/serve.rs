@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use control::ControlSocket;
+use host::sandbox::files::Held;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use switch::config::{Config, ThisMachine};
 use switch::control::{SwitchState, door, router};
 use switch::runtime::Switch;
-use switch::sandbox::files::{FileAccess, Held};
+use switch::sandbox::files;
 
 use super::Place;
 use crate::log;
@@ -57,7 +58,7 @@ pub(super) fn run(file: &Path, place: &Place, filter: Option<&str>) -> Result<Ex
     // Ports and control socket are there; from the next line on this process may not open a socket of its own.
     crate::ready::tell();
     // The workers run on their cores; from here on, nothing else does. The control thread inherits core and confinement.
-    let files = FileAccess::of(&config, &run_dir);
+    let files = files::of(&config, &run_dir);
     let held = switch::runtime::become_housekeeping(&config, files.as_ref())?;
     let server = control.serve(router(switch.clone()), || {})?;
     let milliseconds = began.elapsed().as_millis();

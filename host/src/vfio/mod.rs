@@ -26,7 +26,7 @@ pub use device::{Device, Region};
 pub use faults::{Fault, Faults, LOG};
 pub use interrupts::Interrupt;
 pub use regions::RegionInfo;
-pub use sys::REQUESTS;
+pub use sys::{INTERRUPT_REQUESTS, REQUESTS};
 
 use crate::pci::{self, Bdf, VFIO, listed};
 

@@ -46,6 +46,9 @@ pub const REQUESTS: [u64; 14] = [
     IOMMU_UNMAP_DMA,
 ];
 
+/// What of it the interrupts of an open function take.
+pub const INTERRUPT_REQUESTS: [u64; 2] = [DEVICE_GET_IRQ_INFO, DEVICE_SET_IRQS];
+
 /// A request whose argument is a number.
 pub(super) fn with_number(fd: BorrowedFd<'_>, request: u64, number: u64) -> io::Result<i32> {
     // SAFETY: the requests made this way take a number, or nothing, and touch no memory of ours.

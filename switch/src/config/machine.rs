@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use host::pci::{Bdf, NotABdf};
+use host::sandbox::TUN;
+use host::sandbox::files::{FileAccess, directory_of};
 use host::topology::{self, CoreSet};
 use nix::unistd::{AccessFlags, Gid, Group};
 use settings::{DeTable, Fill, Problems};
 
 use super::{PortKind, SocketSide};
-use crate::sandbox::files::{FileAccess, directory_of};
-use crate::sandbox::{Devices, TUN};
+use crate::sandbox::Devices;
 
 /// Decides values that a document leaves to the machine (`workers = "auto"`).
 pub type Decide = dyn Fn(&DeTable<'_>, &mut Problems<'_>) -> Vec<Fill> + Send + Sync;

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use crossbeam::channel::{Sender, bounded};
+use host::sandbox::files::{FileAccess, FilesError, Held};
 
 use crate::bridge::{Fdb, FdbError, PlanError};
 use crate::capture::{Capture, Traced};
@@ -25,8 +26,7 @@ use crate::config::{Config, PortConfig, ThisMachine};
 use crate::control::report::ReloadReport;
 use crate::inject::Lanes;
 use crate::plan::Plans;
-use crate::sandbox::files::{FileAccess, FilesError, Held};
-use crate::sandbox::{self, Devices, SandboxError, ThreadKind};
+use crate::sandbox::{self, Devices, SandboxError, ThreadKind, files};
 use crate::worker::{Worker, WorkerShared};
 pub(crate) use attached::Attached;
 use housekeeper::{Command, Housekeeper};
@@ -179,7 +179,7 @@ impl Switch {
             switch.threads.push(thread);
         }
         let (ready, result) = bounded(1);
-        let files = FileAccess::of(&config, &switch.run_dir);
+        let files = files::of(&config, &switch.run_dir);
         let devices = Devices::of(&config);
         let for_main = files.clone();
         let thread = std::thread::Builder::new().name("housekeeping".into()).spawn(move || {

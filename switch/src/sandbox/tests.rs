@@ -1,31 +1,25 @@
 //! What a confined thread can and cannot do. Each test runs again in a process of its own, which may be killed.
 
-use super::files::{FileAccess, Held};
 use super::*;
+use host::sandbox::files::{FileAccess, Held};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ThreadKind::{Housekeeping, Worker};
+use libc::c_long;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::EventFd;
 
-const ROLE: &str = "CABLEWAY_TEST_CONFINED";
+use victim::{End, KILLED, call, check, outcome, said};
 
-/// How a process ended: the signal, or what the confined code said.
-#[derive(Debug, PartialEq, Eq)]
-enum End {
-    Signal(i32),
-    Said(String),
-}
-
-const KILLED: End = End::Signal(libc::SIGSYS);
+#[path = "../../../host/src/sandbox/victim.rs"]
+mod victim;
 
 /// Runs `act` on a thread of kind `kind`, in a process of its own that runs only the test `name`.
 fn confined(name: &str, role: &str, kind: ThreadKind, act: impl FnOnce() -> String + Send + 'static) -> End {
@@ -40,43 +34,10 @@ fn confined_to(
     devices: Devices,
     act: impl FnOnce() -> String + Send + 'static,
 ) -> End {
-    if std::env::var(ROLE).as_deref() == Ok(role) {
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0).unwrap();
-        let thread = std::thread::spawn(move || {
-            apply(kind, devices).unwrap();
-            act()
-        });
-        println!("<{}>", thread.join().unwrap());
-        std::process::exit(0);
-    }
-    if std::env::var(ROLE).is_ok() {
-        return End::Said("another role's turn".into());
-    }
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("sandbox::tests::{name}"), "--nocapture", "--test-threads=1"])
-        .env(ROLE, role)
-        .output()
-        .unwrap();
-    match output.status.signal() {
-        Some(signal) => End::Signal(signal),
-        None => {
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let said = text.split_once('<').and_then(|(_, rest)| rest.split_once('>'));
-            End::Said(said.map_or_else(|| format!("nothing: {output:?}"), |(said, _)| said.to_owned()))
-        }
-    }
-}
-
-fn said(text: &str) -> End {
-    End::Said(text.to_owned())
-}
-
-/// What became of a call, as a name.
-fn outcome<T>(result: io::Result<T>) -> String {
-    match result {
-        Ok(_) => "allowed".into(),
-        Err(e) => nix::Error::from_raw(e.raw_os_error().unwrap_or(0)).to_string(),
-    }
+    victim::run(&format!("sandbox::tests::{name}"), role, move || {
+        apply(kind, devices).unwrap();
+        act()
+    })
 }
 
 #[test]
@@ -141,20 +102,6 @@ fn only_a_switch_that_started_with_a_tap_may_attach_to_taps() {
             outcome(call(libc::SYS_ioctl, 0, libc::TUNSETOFFLOAD.cast_signed(), 0))
         });
         check(end, said(expected), role);
-    }
-}
-
-/// A system call with up to three numbers for arguments.
-fn call(number: c_long, a: i64, b: i64, c: i64) -> io::Result<c_long> {
-    // SAFETY: the callers pass arguments that are harmless wherever the call is allowed.
-    let result = unsafe { libc::syscall(number, a, b, c, -1, 0, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
-/// In a victim, whether it is there for another role: then this assertion is not its business.
-fn check(actual: End, expected: End, what: &str) {
-    if std::env::var(ROLE).is_err() {
-        assert_eq!(actual, expected, "{what}");
     }
 }
 
@@ -343,7 +290,7 @@ fn the_files_of_a_configuration_are_where_it_lies_where_its_sockets_are_and_the_
         let machine = crate::config::ThisMachine::now();
         let config =
             crate::config::Config::parse(text, &at("etc/switch.toml"), &at("run"), &machine).unwrap();
-        FileAccess::of(&config, &at("run"))
+        files::of(&config, &at("run"))
     };
     let wanted = FileAccess {
         read: vec!["/sys/devices/system".into(), at("etc"), at("real")],

@@ -7,19 +7,21 @@ use std::process::ExitCode;
 use anyhow::Result;
 use host::{pci, topology};
 use vmm::boot::Format;
-use vmm::config::{Config, DiskAio, NetBack, OnReboot, PageSize, SerialTo};
+use vmm::config::{Config, DiskAio, NetBack, OnReboot, PageSize, Seccomp, SerialTo};
 use vmm::preflight::Preflight;
+use vmm::sandbox;
 
+use crate::confinement;
 use crate::output::{self, refuse};
 
 /// Checks the configuration on this machine.
 ///
 /// # Errors
 /// The report cannot be written.
-pub(super) fn run(config: &Config) -> Result<ExitCode> {
+pub(super) fn run(config: &Config, run_dir: Option<&Path>) -> Result<ExitCode> {
     match Preflight::new(config) {
         Ok(preflight) => {
-            output::print(&report(config, &preflight)?)?;
+            output::print(&report(config, &preflight, run_dir)?)?;
             Ok(ExitCode::SUCCESS)
         }
         Err(error) => Ok(refuse(error)),
@@ -27,7 +29,7 @@ pub(super) fn run(config: &Config) -> Result<ExitCode> {
 }
 
 /// What would be done, with the effective cores, nodes and pages.
-fn report(config: &Config, preflight: &Preflight) -> Result<String> {
+fn report(config: &Config, preflight: &Preflight, run_dir: Option<&Path>) -> Result<String> {
     let mut text = format!("{} is valid. It would\n", config.name);
     let format = match preflight.kernel_format() {
         Format::Elf => "an ELF, by its PVH entry",
@@ -163,5 +165,16 @@ fn report(config: &Config, preflight: &Preflight) -> Result<String> {
         OnReboot::End => "end",
     };
     writeln!(text, "  {reboot} when the guest reboots; give it {:?} to shut down", config.shutdown_timeout)?;
+    let run_dir = control::run_dir_of_client(run_dir).ok();
+    let files = sandbox::files(config, run_dir.as_deref());
+    writeln!(text, "  {}", confinement::files(files.as_ref())?)?;
+    let calls = "when a thread calls the kernel for what its kind has no use for";
+    match config.seccomp {
+        Seccomp::Kill => writeln!(text, "  end at once {calls}")?,
+        Seccomp::Log => writeln!(text, "  log it {calls}")?,
+        Seccomp::Off => {
+            writeln!(text, "  let every thread call the kernel for anything: `seccomp` is \"off\"")?
+        }
+    }
     Ok(text)
 }

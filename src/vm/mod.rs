@@ -151,6 +151,10 @@ keys! {
     on_reboot: "WHAT",
     /// Seconds that a guest may take to shut down when asked [default: 30].
     shutdown_timeout: "SECONDS",
+    /// What a system call does that a thread has no use for: kill (or true) the process, log it, or off (or false) [default: kill].
+    seccomp: "WHAT",
+    /// Whether the process is held to its own files (Landlock) [default: true].
+    confine_files: "BOOL",
 }
 
 /// Runs the subcommand.
@@ -176,7 +180,7 @@ pub(crate) fn run(args: VmArgs) -> Result<ExitCode> {
         (None, _) => Config::from_flags(&args.keys.given()),
     };
     match config {
-        Ok(config) if args.check => check::run(&config),
+        Ok(config) if args.check => check::run(&config, args.run_dir.as_deref()),
         Ok(config) => run::run(&config, args.run_dir.as_deref(), args.log.as_deref()),
         Err(errors) => Ok(refused(&errors)),
     }

@@ -1,20 +1,22 @@
 //! `cableway vm FILE`: the machine itself, from its configuration to the end of its guest.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use control::{ControlServer, ControlSocket};
+use host::sandbox::files::Held;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use vmm::config::{Config, OnReboot};
+use vmm::config::{Config, OnReboot, Seccomp};
 use vmm::control::{door, router};
 use vmm::life::Life;
-use vmm::machine::{Ended, Machine, Remote, StartError, become_emulator};
+use vmm::machine::{Ended, Machine, Remote, become_emulator};
 use vmm::preflight::Preflight;
+use vmm::sandbox::{self, Confined, SandboxError, ThreadKind};
 
 use crate::log;
 use crate::output::refuse;
@@ -35,7 +37,7 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
     if let Err(error) = log::start(filter) {
         return Ok(refuse(error));
     }
-    let mut preflight = match Preflight::new(config) {
+    let preflight = match Preflight::new(config) {
         Ok(preflight) => preflight,
         Err(error) => return Ok(refuse(error)),
     };
@@ -55,16 +57,23 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
     if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
-    // Whatever a guest might make of this process, it gains nothing by starting a program.
-    nix::sys::prctl::set_no_new_privs().context("giving up new privileges")?;
+    let life = match Life::new(config) {
+        Ok(life) => life,
+        Err(error) => return Ok(refuse(error)),
+    };
+    // From here on nothing is opened that the machine does not open anew when its guest reboots.
+    let _confined = match confine(config, socket.as_ref().map(|(_, run_dir)| run_dir.as_path())) {
+        Ok(confined) => confined,
+        Err(error) => return Ok(refuse(error)),
+    };
     let target = Target::default();
     obey_signals(target.clone())?;
-    let life = Life::new(config);
-    let _server: Option<ControlServer> =
-        socket.map(|socket| socket.serve(router(life.clone()), || {})).transpose()?;
+    let _server: Option<ControlServer> = socket
+        .map(|(socket, _)| socket.serve(router(life.clone()), || confine_thread(ThreadKind::Control)))
+        .transpose()?;
     loop {
         let began = Instant::now();
-        let mut machine = match Machine::start(config, preflight, &life) {
+        let mut machine = match Machine::start(config, &preflight, &life) {
             Ok(machine) => machine,
             Err(error) => return Ok(refuse(error)),
         };
@@ -89,10 +98,9 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
         let status = match ended {
             Ended::Reset if config.on_reboot == OnReboot::Restart => {
                 tracing::info!("{name} restarts");
-                preflight = match Preflight::again(config).map_err(StartError::from) {
-                    Ok(preflight) => preflight,
-                    Err(error) => return Ok(refuse(error)),
-                };
+                if let Err(error) = preflight.again(config) {
+                    return Ok(refuse(error));
+                }
                 continue;
             }
             Ended::Reset => {
@@ -126,16 +134,58 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
     }
 }
 
-/// The socket that the machine is asked on, before it is served: a second machine of this name ends here.
-fn socket(config: &Config, run_dir: Option<&Path>) -> Result<Option<ControlSocket>> {
+/// The socket that the machine is asked on, before it is served: a second machine of this name ends here. And where it is.
+fn socket(config: &Config, run_dir: Option<&Path>) -> Result<Option<(ControlSocket, PathBuf)>> {
     let run_dir = control::run_dir_of_server(run_dir)?;
-    Ok(Some(ControlSocket::bind(&door(&run_dir, &config.name))?))
+    Ok(Some((ControlSocket::bind(&door(&run_dir, &config.name))?, run_dir)))
+}
+
+/// Confines the process, and says what of it the kernel or the user does not want.
+fn confine(config: &Config, run_dir: Option<&Path>) -> Result<Confined, SandboxError> {
+    let confined = sandbox::begin(config, run_dir)?;
+    match (confined.files, config.confine_files) {
+        (Held::NotAtAll, true) => {
+            tracing::warn!(
+                "this kernel has no Landlock: the machine's process can open whatever its user can"
+            );
+        }
+        (Held::NotAtAll, false) => {
+            tracing::info!("`confine_files` is off: the machine's process can open whatever its user can");
+        }
+        (Held::Partly, _) => {
+            tracing::info!(
+                "this kernel's Landlock is an older one: the machine's process is held to its files in part"
+            );
+        }
+        (Held::Fully, _) => {}
+    }
+    match config.seccomp {
+        Seccomp::Kill => {}
+        Seccomp::Log => {
+            tracing::warn!(
+                "`seccomp` is \"log\": system calls that should end the machine are only logged (dmesg)"
+            );
+        }
+        Seccomp::Off => {
+            tracing::warn!("`seccomp` is \"off\": the machine's process can call the kernel for anything")
+        }
+    }
+    Ok(confined)
+}
+
+/// Confines a thread of the process's own.
+fn confine_thread(kind: ThreadKind) {
+    if let Err(error) = sandbox::apply(kind) {
+        tracing::error!("{error}");
+        std::process::exit(1);
+    }
 }
 
 /// SIGTERM presses the power button, once; SIGINT, or a second SIGTERM, ends the machine.
 fn obey_signals(target: Target) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("waiting for signals")?;
     let watch = move || {
+        confine_thread(ThreadKind::Signals);
         let mut asked = false;
         for signal in signals.forever() {
             let remote = target.lock().unwrap_or_else(PoisonError::into_inner).clone();

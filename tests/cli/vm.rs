@@ -82,7 +82,7 @@ fn a_check_says_what_would_be_done() {
 }
 
 /// An ELF with a PVH entry at the first byte of `code`, which lies at 1 MiB.
-fn elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
     const LOAD: u64 = 0x10_0000;
     const NOTE: u64 = 64 + 2 * 56;
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();

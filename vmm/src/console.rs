@@ -3,22 +3,18 @@
 //! Owns the thread that writes what the guest printed and the one that reads what a user types; both end with the console. A
 //! reader that is slow or gone costs the guest nothing: its queue is bounded, and what does not fit is counted and lost.
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
-use host::program::is_journal;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::config::SerialTo;
-use crate::journal::JournalLines;
 use crate::machine::Event;
+use crate::sandbox::{self, ThreadKind};
 use crate::scrollback::Scrollback;
 use crate::terminal::RawTerminal;
 
@@ -59,32 +55,29 @@ impl Write for Output {
 pub(crate) struct Console {
     written: Receiver<()>,
     lost: Arc<AtomicU64>,
-    reader: Option<(std::thread::JoinHandle<()>, EventFd)>,
+    reader: Option<(std::thread::JoinHandle<Option<()>>, EventFd)>,
     _raw: Option<RawTerminal>,
 }
 
 impl Console {
-    /// Opens where the bytes go; `None` if there is no console.
+    /// A console whose bytes go to `sink`.
     ///
     /// # Errors
-    /// The file cannot be written.
-    pub(crate) fn open(to: &SerialTo, scrollback: &Arc<Scrollback>) -> io::Result<Option<(Self, Output)>> {
-        let sink: Box<dyn Write + Send> = match to {
-            SerialTo::Off => return Ok(None),
-            SerialTo::Stdio if is_journal(io::stdout()) => Box::new(JournalLines::new(io::stdout())),
-            SerialTo::Stdio => Box::new(io::stdout()),
-            SerialTo::File(path) => Box::new(create(path)?),
-        };
+    /// No thread is to be had.
+    pub(crate) fn new(
+        sink: Box<dyn Write + Send>,
+        scrollback: &Arc<Scrollback>,
+    ) -> io::Result<(Self, Output)> {
         // One of `bounded` is in memory whole from the start: 4 MiB.
         let (queue, bytes) = unbounded();
         let (done, written) = bounded(1);
-        std::thread::Builder::new().name("console".to_owned()).spawn(move || {
+        sandbox::spawn(ThreadKind::Console, "console".to_owned(), move || {
             write_out(&bytes, sink);
             let _ = done.send(());
         })?;
         let lost = Arc::new(AtomicU64::new(0));
         let console = Self { written, lost: lost.clone(), reader: None, _raw: None };
-        Ok(Some((console, Output { queue, lost, scrollback: scrollback.clone() })))
+        Ok((console, Output { queue, lost, scrollback: scrollback.clone() }))
     }
 
     /// For tests: what is printed is thrown away.
@@ -112,7 +105,7 @@ impl Console {
         let stopped = stop.as_fd().try_clone_to_owned()?;
         self._raw = RawTerminal::new();
         let raw = self._raw.is_some();
-        let thread = std::thread::Builder::new().name("keyboard".to_owned()).spawn(move || {
+        let thread = sandbox::spawn(ThreadKind::Console, "keyboard".to_owned(), move || {
             read_in(take, &events, &stopped, raw);
         })?;
         self.reader = Some((thread, stop));
@@ -131,12 +124,6 @@ impl Console {
             lost => tracing::warn!("{lost} bytes of a console were lost: nobody read them in time"),
         }
     }
-}
-
-fn create(path: &Path) -> io::Result<File> {
-    File::create(path).map_err(|error| {
-        io::Error::new(error.kind(), format!("the console's file {}: {error}", path.display()))
-    })
 }
 
 /// Writes what comes until the port is gone.

@@ -27,6 +27,7 @@ mod pci;
 pub mod preflight;
 pub mod probe;
 mod rng;
+pub mod sandbox;
 mod scrollback;
 pub mod terminal;
 #[cfg(any(test, fuzzing))]

@@ -1,17 +1,23 @@
-//! What of a machine outlives its guest's reboots: its state, what happened to it, the tails of its consoles.
+//! What of a machine outlives its guest's reboots: its state, what happened to it, its consoles' files and tails.
 //!
 //! Owns what the control socket shows and asks. The machine itself puts its parts here when it runs and takes them back when
 //! it ends; nothing here ever holds a vCPU.
 
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use host::program::is_journal;
 
 use crate::config::{Config, SerialTo};
 use crate::control::report::{
     EventKind, EventReport, EventsReport, MachineInfo, MachineState, Port, VcpuReport,
 };
 use crate::device::{Devices, lock};
+use crate::journal::JournalLines;
 use crate::machine::{Remote, Take};
 use crate::scrollback::Scrollback;
 use crate::vcpu::VcpuPlace;
@@ -27,6 +33,8 @@ pub struct Life {
     events: Events,
     pub(crate) serial: Arc<Scrollback>,
     pub(crate) console: Arc<Scrollback>,
+    /// Where the two go, if to files: opened once, so that a reboot needs no right to open them.
+    files: [Option<File>; 2],
 }
 
 struct Now {
@@ -82,14 +90,45 @@ impl Events {
 
 impl Life {
     /// The life of the machine that `config` describes, before its first start.
-    pub fn new(config: &Config) -> Arc<Self> {
-        Arc::new(Self {
+    ///
+    /// # Errors
+    /// A console's file cannot be written.
+    pub fn new(config: &Config) -> io::Result<Arc<Self>> {
+        let open = |to: &SerialTo| match to {
+            SerialTo::File(path) => create(path).map(Some),
+            _ => Ok(None),
+        };
+        let files = [open(&config.serial)?, open(&config.console)?];
+        Ok(Arc::new(Self {
             config: config.clone(),
             began: Instant::now(),
             now: Mutex::new(Now { state: MachineState::Starting, boots: 0, parts: None }),
             events: Events::new(),
             serial: Arc::default(),
             console: Arc::default(),
+            files,
+        }))
+    }
+
+    /// Where what a console prints goes, from its beginning; `None`: there is no such console.
+    pub(crate) fn sink(&self, port: Port) -> io::Result<Option<Box<dyn Write + Send>>> {
+        let [serial, console] = &self.files;
+        let (to, file) = match port {
+            Port::Serial => (&self.config.serial, serial),
+            Port::Virtio => (&self.config.console, console),
+        };
+        Ok(match (to, file) {
+            (SerialTo::Off, _) => None,
+            (SerialTo::File(_), Some(file)) => {
+                // What cannot be emptied has no beginning either.
+                let _ = file.set_len(0);
+                let _ = (&mut &*file).rewind();
+                Some(Box::new(file.try_clone()?))
+            }
+            (SerialTo::Stdio, _) if is_journal(io::stdout()) => {
+                Some(Box::new(JournalLines::new(io::stdout())))
+            }
+            (SerialTo::Stdio | SerialTo::File(_), _) => Some(Box::new(io::stdout())),
         })
     }
 
@@ -175,6 +214,12 @@ impl Life {
             last_event: self.events.since(u64::MAX).last,
         }
     }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::create(path).map_err(|error| {
+        io::Error::new(error.kind(), format!("the console's file {}: {error}", path.display()))
+    })
 }
 
 #[cfg(test)]

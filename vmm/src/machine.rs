@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::BootError;
 use crate::config::{Config, NetBack, SerialTo};
 use crate::console::Console;
+use crate::control::report::Port;
 use crate::device::serial::{Line, SerialPort};
 use crate::device::{Devices, lock};
 use crate::disk::image::Image;
@@ -33,6 +34,7 @@ use crate::net::{Net, NetError};
 use crate::pci::PciBus;
 use crate::preflight::{Preflight, PreflightError, bit};
 use crate::rng::Rng;
+use crate::sandbox::SandboxError;
 use crate::vcpu::cpuid::{Choices, Model};
 use crate::vcpu::exits::{ExitCounters, ExitReason};
 use crate::vcpu::{RunningVcpu, Scheduling, Vcpu, registers, stop_all};
@@ -81,6 +83,9 @@ pub enum StartError {
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
+    /// A thread cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// A thread cannot be pinned.
     #[error(transparent)]
     Pin(#[from] PinError),
@@ -152,14 +157,14 @@ impl Machine {
     ///
     /// # Errors
     /// What could not be had; nothing is left behind.
-    pub fn start(config: &Config, preflight: Preflight, life: &Arc<Life>) -> Result<Self, StartError> {
+    pub fn start(config: &Config, preflight: &Preflight, life: &Arc<Life>) -> Result<Self, StartError> {
         let kvm = |doing| move |source| StartError::Kvm { doing, source };
         for exit in preflight.refused_exits() {
             tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
         }
         let memory = Arc::new(GuestMemory::new(config)?);
         let vm = Arc::new(preflight.kvm.create_vm().map_err(kvm("create a machine"))?);
-        prepare(&vm, config, &preflight)?;
+        prepare(&vm, config, preflight)?;
         memory.attach(&vm)?;
 
         let choices = Choices { pmu: config.pmu, dedicated: config.hint_dedicated };
@@ -183,8 +188,9 @@ impl Machine {
         let button = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Thread)?;
         vm.register_irqfd(&button, layout::EVENT_IRQ).map_err(kvm("wire an interrupt"))?;
         let mut consoles = Vec::new();
-        let virtio = match Console::open(&config.console, &life.console).map_err(StartError::Console)? {
-            Some((console, output)) => {
+        let virtio = match life.sink(Port::Virtio).map_err(StartError::Console)? {
+            Some(sink) => {
+                let (console, output) = Console::new(sink, &life.console).map_err(StartError::Console)?;
                 let (device, typed) = VirtioConsole::new(output, &memory)?;
                 consoles.push((console, &config.console, Take::Virtio(Arc::new(typed))));
                 Some(device)
@@ -193,8 +199,9 @@ impl Machine {
         };
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
         let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits(), life.events())?;
-        let port = match Console::open(&config.serial, &life.serial).map_err(StartError::Console)? {
-            Some((console, output)) => {
+        let port = match life.sink(Port::Serial).map_err(StartError::Console)? {
+            Some(sink) => {
+                let (console, output) = Console::new(sink, &life.serial).map_err(StartError::Console)?;
                 let line = Line::new(vm.clone(), layout::SERIAL_IRQ);
                 let port = Arc::new(Mutex::new(SerialPort::new(line, output)));
                 consoles.push((console, &config.serial, Take::Serial(port.clone())));

@@ -91,7 +91,15 @@ impl Part {
             Pages::Ordinary if !config.shares_memory() => {
                 Part::Own(OwnMemory::new(len, node, config.prefault || config.lock_memory)?)
             }
-            _ => Part::Shared(SharedMemory::new(len, pages, node)?),
+            _ => {
+                let memory = SharedMemory::new(len, pages, node)?;
+                if pages == Pages::Auto && memory.pages() == Pages::Ordinary {
+                    tracing::info!(
+                        "`pages` is \"auto\": too few huge pages are free, the memory is in pages of 4 KiB"
+                    );
+                }
+                Part::Shared(memory)
+            }
         };
         if config.lock_memory {
             match &part {

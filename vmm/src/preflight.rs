@@ -91,7 +91,8 @@ pub enum PreflightError {
     Pci(#[from] VfioError),
 }
 
-/// What was opened on the way.
+/// What was opened on the way, and stays open: a guest that reboots finds the kernel and the disks that it had, whatever has their names
+/// by then.
 pub struct Preflight {
     pub(crate) kvm: Kvm,
     pub(crate) kernel: Kernel,
@@ -107,7 +108,16 @@ impl Preflight {
     /// What is wrong, and what to do about it.
     pub fn new(config: &Config) -> Result<Self, PreflightError> {
         cores(config)?;
-        Self::again(config)
+        let kernel = Kernel::open(&config.kernel)?;
+        let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
+        let disks =
+            config.disk.iter().map(|disk| Image::open(disk).map(Arc::new)).collect::<Result<_, _>>()?;
+        can_be_had(config)?;
+        let kvm = open_kvm()?;
+        vcpus(config, &kvm)?;
+        let granted = grantable_exits(&kvm);
+        let refused = config.disable_exits.iter().copied().filter(|exit| granted & bit(*exit) == 0).collect();
+        Ok(Self { kvm, kernel, initramfs, disks, refused })
     }
 
     /// Checks what may have changed since the machine started the last time. Cores are not among it: the process is
@@ -115,20 +125,8 @@ impl Preflight {
     ///
     /// # Errors
     /// As [`Preflight::new`].
-    pub fn again(config: &Config) -> Result<Self, PreflightError> {
-        let kernel = Kernel::open(&config.kernel)?;
-        let initramfs = config.initramfs.as_deref().map(Initramfs::open).transpose()?;
-        let disks =
-            config.disk.iter().map(|disk| Image::open(disk).map(Arc::new)).collect::<Result<_, _>>()?;
-        for function in &config.pci {
-            vfio::try_open(Path::new("/"), function.device)?;
-        }
-        memory(config)?;
-        let kvm = open_kvm()?;
-        vcpus(config, &kvm)?;
-        let granted = grantable_exits(&kvm);
-        let refused = config.disable_exits.iter().copied().filter(|exit| granted & bit(*exit) == 0).collect();
-        Ok(Self { kvm, kernel, initramfs, disks, refused })
+    pub fn again(&self, config: &Config) -> Result<(), PreflightError> {
+        can_be_had(config)
     }
 
     /// What is wrong with everything but the amount of memory, each with the key that it is about: for who plans several machines
@@ -179,6 +177,14 @@ impl Preflight {
 /// What is missing, and what to do about it.
 pub fn kvm_is_there() -> Result<(), PreflightError> {
     open_kvm().map(drop)
+}
+
+/// What is taken anew at each start.
+fn can_be_had(config: &Config) -> Result<(), PreflightError> {
+    for function in &config.pci {
+        vfio::try_open(Path::new("/"), function.device)?;
+    }
+    memory(config)
 }
 
 fn open_kvm() -> Result<Kvm, PreflightError> {

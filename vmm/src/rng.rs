@@ -12,6 +12,7 @@ use virtio::memory::GuestMemory;
 use crate::buffers::Request;
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
+use crate::sandbox::ThreadKind;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::{Serve, Served, Workers};
 
@@ -83,6 +84,8 @@ impl VirtioDevice for Rng {
 struct Server;
 
 impl Serve for Server {
+    const KIND: ThreadKind = ThreadKind::Queue;
+
     fn start(&mut self, _: u64) {}
 
     fn serve(&mut self, mut request: Request<'_>) -> Served {

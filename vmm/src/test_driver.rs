@@ -37,8 +37,10 @@ pub(crate) struct Driver {
 
 impl Driver {
     pub(crate) fn new() -> Self {
-        let config = Config::parse(CONFIG, std::path::Path::new("vm.toml"));
-        let memory = Arc::new(GuestMemory::new(&config.unwrap()).unwrap());
+        let config = Config::parse(CONFIG, std::path::Path::new("vm.toml")).unwrap();
+        // The threads of the tests' devices have the filters of their kinds.
+        crate::sandbox::prepare(&config).unwrap();
+        let memory = Arc::new(GuestMemory::new(&config).unwrap());
         Self { memory, kick: EventFd::new(libc::EFD_NONBLOCK).unwrap(), avail: 0 }
     }
 

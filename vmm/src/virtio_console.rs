@@ -16,6 +16,7 @@ use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
 use crate::machine::StartError;
 use crate::memory::{GuestMemory, GuestMemoryError};
+use crate::sandbox::ThreadKind;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::{Serve, Served, Workers};
 
@@ -116,6 +117,8 @@ enum Server {
 }
 
 impl Serve for Server {
+    const KIND: ThreadKind = ThreadKind::Queue;
+
     fn start(&mut self, _: u64) {}
 
     fn serve(&mut self, mut request: Request<'_>) -> Served {
@@ -164,15 +167,13 @@ impl Serve for Server {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::SerialTo;
     use crate::console::Console;
     use crate::test_driver::{DATA, Driver};
 
     #[test]
     fn what_is_printed_arrives_and_what_is_typed_waits_for_a_buffer() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let (console, output) =
-            Console::open(&SerialTo::File(file.path().into()), &Arc::default()).unwrap().unwrap();
+        let (console, output) = Console::new(Box::new(file.reopen().unwrap()), &Arc::default()).unwrap();
         let mut driver = Driver::new();
         let (mut device, typed) = VirtioConsole::new(output, driver.memory()).unwrap();
         device.activate(driver.activation(&[1], features::VERSION_1));
@@ -201,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_kept_when_nobody_types_any_more() {
-        let (console, output) = Console::open(&SerialTo::Stdio, &Arc::default()).unwrap().unwrap();
+        let (console, output) = Console::new(Box::new(io::sink()), &Arc::default()).unwrap();
         let mut driver = Driver::new();
         let (mut device, typed) = VirtioConsole::new(output, driver.memory()).unwrap();
         device.activate(driver.activation(&[0], features::VERSION_1));

@@ -5,7 +5,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Address, ByteValued, GuestAddress};
 
-use super::{BootError, Entry, Initramfs, Kernel, map};
+use super::{BootError, Entry, Initramfs, Kernel, from_start, map};
 use crate::layout;
 use crate::memory::{GuestMemory, GuestMemoryError};
 
@@ -25,14 +25,14 @@ const MAPPED_GIB: u64 = 4;
 
 /// Loads the kernel and what it is to find at its start.
 pub(super) fn load(
-    kernel: &mut Kernel,
+    kernel: &Kernel,
     memory: &GuestMemory,
     initramfs: Option<&Initramfs>,
     cmdline_length: usize,
 ) -> Result<Entry, BootError> {
     let highmem = Some(GuestAddress(layout::HIGH_MEMORY));
-    let loaded =
-        BzImage::load(memory.view(), None, &mut kernel.file, highmem).map_err(kernel.failed(memory))?;
+    let loaded = BzImage::load(memory.view(), None, &mut from_start(&kernel.file), highmem)
+        .map_err(kernel.failed(memory))?;
     let mut header = loaded.setup_header.unwrap_or_default();
     let (version, xloadflags) = (header.version, header.xloadflags);
     if version < VERSION_2_12 || xloadflags & XLF_KERNEL_64 == 0 {

@@ -9,7 +9,7 @@ mod map;
 mod pvh;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -176,7 +176,7 @@ impl Kernel {
     /// # Errors
     /// The kernel is damaged, or does not fit the guest's memory with all that it needs.
     pub fn load(
-        mut self,
+        &self,
         memory: &GuestMemory,
         initramfs: Option<&Initramfs>,
         cmdline: &str,
@@ -185,8 +185,8 @@ impl Kernel {
         memory.write("command line", layout::COMMAND_LINE + cmdline.len() as u64, &[0])?;
         memory.write("reset vector", layout::RESET_VECTOR, &RESET_CODE)?;
         match self.format {
-            Format::Elf => pvh::load(&mut self, memory, initramfs),
-            Format::BzImage => bzimage::load(&mut self, memory, initramfs, cmdline.len()),
+            Format::Elf => pvh::load(self, memory, initramfs),
+            Format::BzImage => bzimage::load(self, memory, initramfs, cmdline.len()),
         }
     }
 
@@ -229,10 +229,17 @@ impl Initramfs {
         let length = usize::try_from(self.size).unwrap_or(usize::MAX);
         memory
             .view()
-            .read_exact_volatile_from(GuestAddress(start), &mut &self.file, length)
+            .read_exact_volatile_from(GuestAddress(start), &mut from_start(&self.file), length)
             .map_err(|error| in_file("initramfs", &self.path)(io::Error::other(error)))?;
         Ok(start..start + self.size)
     }
+}
+
+/// The file from its beginning: it may have been read before.
+fn from_start(mut file: &File) -> &File {
+    // What cannot be read from its beginning is not read to its end either, and said then.
+    let _ = file.rewind();
+    file
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, BootError> {

@@ -7,7 +7,7 @@ use linux_loader::loader::elf::start_info::{
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, ByteValued, GuestAddress};
 
-use super::{BootError, Entry, Initramfs, Kernel, map};
+use super::{BootError, Entry, Initramfs, Kernel, from_start, map};
 use crate::layout;
 use crate::memory::GuestMemory;
 
@@ -16,12 +16,13 @@ const WITH_MEMORY_MAP: u32 = 1;
 
 /// Loads the kernel and what it is to find at its start.
 pub(super) fn load(
-    kernel: &mut Kernel,
+    kernel: &Kernel,
     memory: &GuestMemory,
     initramfs: Option<&Initramfs>,
 ) -> Result<Entry, BootError> {
     let highmem = Some(GuestAddress(layout::HIGH_MEMORY));
-    let loaded = Elf::load(memory.view(), None, &mut kernel.file, highmem).map_err(kernel.failed(memory))?;
+    let loaded = Elf::load(memory.view(), None, &mut from_start(&kernel.file), highmem)
+        .map_err(kernel.failed(memory))?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(BootError::NoPvh(kernel.path.clone()));
     };

@@ -23,6 +23,7 @@ const TEXTS: &[&str] = &[
     "serial",
     "console",
     "on_reboot",
+    "seccomp",
 ];
 /// Keys with several values, apart by commas.
 const LISTS: &[&str] = &["vcpu_cores", "emulator_cores", "disable_exits"];

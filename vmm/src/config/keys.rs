@@ -8,7 +8,7 @@ use settings::{Spanned, keys, nested, plain};
 use super::MAX_VCPUS;
 use super::values::{
     CommandLine, DisabledExit, DiskAio, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize,
-    Serial, SerialName,
+    SeccompName, Serial, SerialName,
 };
 
 plain!(
@@ -22,6 +22,7 @@ plain!(
     NetMode,
     OnReboot,
     PageSize,
+    SeccompName,
     Serial,
     SerialName
 );
@@ -88,6 +89,10 @@ keys! {
         on_reboot: OnReboot,
         /// Seconds that a guest may take to shut down when asked.
         shutdown_timeout: Bounded<0, 86_400>,
+        /// What a system call does that a kind of thread has no use for.
+        seccomp: SeccompName,
+        /// Whether the process is held to its own files.
+        confine_files: bool,
     }
 }
 

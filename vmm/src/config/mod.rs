@@ -20,7 +20,9 @@ use host::pci::Bdf;
 pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Fill, Problems};
-pub use values::{DisabledExit, DiskAio, DiskFormat, NetKind, NetMode, OnReboot, PageSize, SerialTo};
+pub use values::{
+    DisabledExit, DiskAio, DiskFormat, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialTo,
+};
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
 pub const MAX_VCPUS: u32 = 254;
@@ -80,6 +82,10 @@ pub struct Config {
     pub on_reboot: OnReboot,
     /// How long a guest may take to shut down when asked.
     pub shutdown_timeout: Duration,
+    /// What a system call does that a kind of thread has no use for ([`crate::sandbox`]).
+    pub seccomp: Seccomp,
+    /// Whether the process is held to its own files.
+    pub confine_files: bool,
 }
 
 /// A memory node of the guest.

@@ -9,7 +9,7 @@ use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, PciKeys, TopologyKeys, VmKeys};
 use super::nodes::Given;
-use super::values::{DiskAio, NetKind, NetMode, OnReboot, PageSize, SerialName, SerialTo};
+use super::values::{DiskAio, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialName, SerialTo};
 use super::{
     Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, PciConfig, Topology, VhostUserConfig,
 };
@@ -249,6 +249,8 @@ fn vm(
         shutdown_timeout: keys
             .shutdown_timeout
             .map_or(SHUTDOWN_TIMEOUT, |seconds| Duration::from_secs(seconds.get_ref().get())),
+        seccomp: keys.seccomp.map_or(Seccomp::Kill, |what| what.into_inner().0),
+        confine_files: keys.confine_files.is_none_or(Spanned::into_inner),
     })
 }
 

@@ -60,6 +60,16 @@ words! {
         Server = "server",
     }
 
+    /// What a system call does that a kind of thread has no use for.
+    Seccomp {
+        /// It ends the process.
+        Kill = "kill",
+        /// The kernel logs it, and it is done.
+        Log = "log",
+        /// It is done: no filters.
+        Off = "off",
+    }
+
     /// What a reset by the guest does.
     OnReboot {
         /// The machine starts again.
@@ -91,6 +101,14 @@ impl std::fmt::Display for SerialTo {
 }
 
 text! {
+    /// What a forbidden system call does; Cloud Hypervisor's words are known, too.
+    SeccompName(Seccomp), "\"kill\", \"log\" or \"off\"", |text| match text {
+        "kill" | "true" => Ok(Seccomp::Kill),
+        "log" => Ok(Seccomp::Log),
+        "off" | "false" => Ok(Seccomp::Off),
+        _ => Err(format!("{text:?}: wanted \"kill\", \"log\" or \"off\"")),
+    };
+
     /// Where the serial console goes.
     SerialName(SerialTo), "\"stdio\", \"off\" or \"file:PATH\"", |text| match text {
         "stdio" => Ok(SerialTo::Stdio),

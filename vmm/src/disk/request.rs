@@ -12,6 +12,7 @@ use super::image::{Image, SECTOR};
 use super::under_way::{Transfer, UnderWay};
 use super::{MOST_RANGES, MOST_SECTORS};
 use crate::buffers::{Buffers, Request};
+use crate::sandbox::ThreadKind;
 use crate::worker::{Serve, Served};
 
 /// Kinds of requests.
@@ -74,6 +75,8 @@ impl From<io::Error> for Refused {
 }
 
 impl Serve for Server {
+    const KIND: ThreadKind = ThreadKind::Disk;
+
     fn start(&mut self, features: u64) {
         self.write_through = features & FEATURE_FLUSH == 0;
     }

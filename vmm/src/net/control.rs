@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use virtio::features;
 
 use crate::buffers::{Buffers, Request};
+use crate::sandbox::ThreadKind;
 use crate::worker::{Serve, Served};
 
 /// Answers.
@@ -121,6 +122,8 @@ pub(crate) fn any_control() -> impl Serve {
 }
 
 impl<F: FnMut(u16) + Send + 'static> Serve for Control<F> {
+    const KIND: ThreadKind = ThreadKind::Queue;
+
     fn start(&mut self, features: u64) {
         self.features = features;
     }

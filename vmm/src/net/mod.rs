@@ -22,6 +22,7 @@ use crate::config::{NetConfig, VhostUserConfig};
 use crate::life::Events;
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
+use crate::sandbox::{self, ThreadKind};
 use crate::virtio_pci::{Activation, QueueSetup, VirtioDevice};
 use crate::worker::Workers;
 #[cfg(any(test, fuzzing))]
@@ -104,7 +105,7 @@ pub(crate) struct Net {
     rests: Arc<AtomicBool>,
     connected: Arc<AtomicBool>,
     control: Workers,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<Session>>>,
 }
 
 /// Tells the conversation's thread something.
@@ -173,8 +174,11 @@ impl Net {
             },
         };
         let control = Workers::new(&format!("{} ctl", config.name), &for_rings, vec![control])?;
-        let thread =
-            std::thread::Builder::new().name(format!("net {}", config.name)).spawn(move || session.run())?;
+        // What is left of it at the end, its socket's file too, is not its own thread's to clear away.
+        let thread = sandbox::spawn(ThreadKind::BackEnd, format!("net {}", config.name), move || {
+            session.run();
+            session
+        })?;
         Ok(Self {
             name: config.name.clone(),
             offered,

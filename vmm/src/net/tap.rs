@@ -18,6 +18,7 @@ use crate::buffers::Request;
 use crate::config::NetConfig;
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
+use crate::sandbox::ThreadKind;
 use crate::virtio_pci::{Activation, VirtioDevice};
 use crate::worker::{Serve, Served, Workers};
 
@@ -115,6 +116,8 @@ struct Server {
 }
 
 impl Serve for Server {
+    const KIND: ThreadKind = ThreadKind::Tap;
+
     fn start(&mut self, features: u64) {
         if let Some(file) = self.file.as_ref().filter(|_| self.receives)
             && let Err(error) = allow(file, features)

@@ -19,6 +19,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::device::{Devices, Outcome};
 use crate::lifecycle::Lifecycle;
 use crate::machine::{Event, StartError};
+use crate::sandbox::{self, ThreadKind};
 use exits::{ExitCounters, ExitReason};
 
 /// Calls a vCPU out of the guest; its handler does nothing.
@@ -205,7 +206,7 @@ fn outcome(outcome: Outcome) -> Next {
     }
 }
 
-/// Puts the calling thread where it belongs.
+/// Puts the calling thread where it belongs, and confines it.
 fn arrange(scheduling: Scheduling) -> Result<(), StartError> {
     if let Some(core) = scheduling.core {
         host::thread::pin(core)?;
@@ -213,7 +214,7 @@ fn arrange(scheduling: Scheduling) -> Result<(), StartError> {
     if let Some(priority) = scheduling.priority {
         host::thread::run_real_time(priority)?;
     }
-    Ok(())
+    Ok(sandbox::apply(ThreadKind::Vcpu)?)
 }
 
 impl RunningVcpu {

@@ -12,11 +12,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::function::Inner;
 use crate::device::lock;
+use crate::sandbox::{self, ThreadKind};
 
 /// The thread; it ends when this is dropped.
 pub(super) struct Watch {
     stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<()>>>,
 }
 
 impl Watch {
@@ -29,7 +30,7 @@ impl Watch {
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let stopped = stop.clone();
         let listen = move || listen(&inner, &alarms, &stopped);
-        let thread = std::thread::Builder::new().name(format!("pci {name}")).spawn(listen)?;
+        let thread = sandbox::spawn(ThreadKind::Watch, format!("pci {name}"), listen)?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

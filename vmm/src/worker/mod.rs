@@ -4,8 +4,7 @@
 //! request ([`queue`]). A vCPU only leaves a message here and never waits. A ring that makes no sense is left alone until the
 //! driver resets its device.
 //!
-//! System calls of these threads, but for those of a [`Serve`]: poll, read and write of eventfds, io_submit and
-//! io_getevents (`host::signal`), futex; munmap, madvise and sched_yield at their end.
+//! What these threads may ask of the kernel follows from what they serve ([`Serve::KIND`]).
 
 pub(crate) mod queue;
 
@@ -25,6 +24,7 @@ use virtio::memory::GuestMemory;
 use crate::buffers::Request;
 use crate::control::report::QueueReport;
 use crate::lifecycle::Lifecycle;
+use crate::sandbox::{self, SandboxError, ThreadKind};
 use crate::virtio_pci::{Activation, QueueSetup};
 use queue::Queue;
 
@@ -43,6 +43,8 @@ pub(crate) enum Served {
 
 /// What a device does with the requests of one queue. It may wait for what they need; only its own thread waits then.
 pub(crate) trait Serve: Send + 'static {
+    /// What its thread may do.
+    const KIND: ThreadKind;
     /// The driver is ready; this was agreed on.
     fn start(&mut self, features: u64);
     /// Does what a request asks for, or begins to.
@@ -85,6 +87,9 @@ pub enum WorkersError {
     /// One cannot be where it is to be.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// One cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
 }
 
 enum Command {
@@ -150,6 +155,7 @@ impl Workers {
         Self::on(name, memory, serve, threads).map_err(|error| match error {
             WorkersError::System(error) => error,
             WorkersError::Pin(error) => io::Error::other(error),
+            WorkersError::Sandbox(error) => io::Error::other(error),
         })
     }
 
@@ -189,9 +195,9 @@ impl Workers {
             let core = threads.cores.get(n % threads.cores.len().max(1)).copied();
             let (ready, is_ready) = bounded(1);
             let thread = std::thread::Builder::new().name(format!("{name}.{n}")).spawn(move || {
-                let pinned = core.map_or(Ok(()), host::thread::pin);
-                let there = pinned.is_ok();
-                let _ = ready.send(pinned);
+                let arranged = arrange(core, S::KIND);
+                let there = arranged.is_ok();
+                let _ = ready.send(arranged);
                 if there {
                     worker.run();
                 }
@@ -282,6 +288,12 @@ impl Drop for Workers {
             let _ = thread.join();
         }
     }
+}
+
+/// Puts the calling thread where it belongs, and confines it.
+fn arrange(core: Option<u32>, kind: ThreadKind) -> Result<(), WorkersError> {
+    core.map_or(Ok(()), host::thread::pin)?;
+    Ok(sandbox::apply(kind)?)
 }
 
 struct Worker<S> {

@@ -177,7 +177,7 @@ fn run(message: u32, odd: Odd) -> Option<Duration> {
     waited
 }
 
-/// What is silent is waited for as long as docs/threat-model.md says.
+/// What is silent is waited for as long as docs/vm-threat-model.md says.
 fn is_patient(waited: Option<Duration>) {
     let waited = waited.unwrap();
     assert!((Duration::from_secs(4)..Duration::from_secs(40)).contains(&waited), "{waited:?}");

@@ -30,7 +30,7 @@ pub(super) fn run(name: &str, role: &str, act: impl FnOnce() -> String + Send + 
         return End::Said("another role's turn".into());
     }
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"])
         .env(ROLE, role)
         .output()
         .unwrap();

@@ -44,7 +44,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What one client writes.
 pub fn requests(bytes: &[u8]) {
-    let config = Config::parse("[vm]\nkernel = 'k'\nconsole = 'file:/dev/null'", Path::new("vm.toml")).unwrap();
+    let config =
+        Config::parse("[vm]\nkernel = 'k'\nconsole = 'file:/dev/null'", Path::new("vm.toml")).unwrap();
     let life = Life::new(&config).unwrap();
     let mut input = Input(bytes);
     let mut written = Vec::new();

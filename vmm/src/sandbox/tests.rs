@@ -217,3 +217,22 @@ fn a_process_that_is_held_to_its_files_opens_no_others() {
     }
     check(end, said("held"), "a process with files of its own");
 }
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p cableway-vmm what_filters_cost -- --ignored --nocapture"]
+fn what_filters_cost() {
+    const NAME: &str = "what_filters_cost";
+    for keys in ["seccomp = 'off'", "seccomp = 'kill'"] {
+        let end = victim::run(&format!("sandbox::tests::{NAME}"), keys, move || {
+            prepare(&config(keys)).unwrap();
+            apply(Main).unwrap();
+            apply(Vcpu).unwrap();
+            // Nothing but the way into the kernel and out again.
+            let (number, [_, b, c]) = ioctl(KVM | 0x80);
+            let start = std::time::Instant::now();
+            (0..1_000_000).for_each(|_| drop(call(number, -1, b, c)));
+            format!("{} ns a request to KVM", start.elapsed().as_nanos() / 1_000_000)
+        });
+        println!("{keys}: {end:?}");
+    }
+}

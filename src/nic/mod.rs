@@ -1,9 +1,11 @@
 //! `cableway nic`: the machine's network cards, who has them, and how they change hands.
 
+mod look;
+mod selftest;
 mod show;
 mod vf;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -17,8 +19,10 @@ use crate::output::{self, refuse};
 pub(crate) enum NicCommand {
     /// The machine's network cards, and whether Cableway can drive each, or what is missing.
     List(ListArgs),
-    /// All that is known of one card.
+    /// All that is known of one card: what it counts and its registers too, by their names.
     Info(InfoArgs),
+    /// Let a card with vfio-pci that nobody uses test itself: registers, settings, interrupt, memory, loopback, link.
+    Test(selftest::TestArgs),
     /// Take cards from the kernel's drivers and give them to vfio-pci, for `kind = "nic"` ports.
     Bind(BindArgs),
     /// Give cards back to the kernel's drivers that they had.
@@ -40,6 +44,12 @@ pub(crate) struct ListArgs {
 pub(crate) struct InfoArgs {
     /// Its PCI address, as in `0000:01:00.0`.
     bdf: Bdf,
+    /// The run directory of the switch that has the card, if one has [default: /run/cableway, or $XDG_RUNTIME_DIR/cableway when not root].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Of a virtual function whose physical one is with vfio-pci as well: the token that its owner set, to read its registers.
+    #[arg(long, value_name = "UUID")]
+    vf_token: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -78,7 +88,8 @@ pub(crate) fn run(command: NicCommand) -> Result<ExitCode> {
     let root = Path::new("/");
     match command {
         NicCommand::List(args) => show::list(root, args.json),
-        NicCommand::Info(args) => show::info(root, args.bdf, args.json),
+        NicCommand::Info(args) => show::info(root, &args),
+        NicCommand::Test(args) => selftest::run(root, &args),
         NicCommand::Bind(args) => bind_all(root, &args),
         NicCommand::Unbind(args) => {
             for bdf in args.bdfs {

@@ -5,9 +5,12 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use control::run_dir_of_client;
 use host::pci::{self, Bdf, Function, bind};
 use serde::Serialize;
+use switch::control::report::CardReport;
 
+use super::{InfoArgs, look};
 use crate::output::{self, refuse};
 
 /// A card as JSON has it.
@@ -31,6 +34,17 @@ struct Card {
     drivable: bool,
     /// What is to be done before.
     obstacle: Option<String>,
+}
+
+/// All that is known of a card, as JSON has it.
+#[derive(Serialize)]
+struct Page {
+    #[serde(flatten)]
+    card: Card,
+    #[serde(flatten)]
+    looked: CardReport,
+    /// Why there are no registers.
+    registers_unread: Option<String>,
 }
 
 /// An interface of the kernel on a card.
@@ -81,7 +95,7 @@ impl Card {
 }
 
 /// What keeps a port from opening a card, and what to do about it; none: nothing.
-fn obstacle(root: &Path, function: &Function) -> Option<String> {
+pub(super) fn obstacle(root: &Path, function: &Function) -> Option<String> {
     let Function { bdf, vendor, device, .. } = function;
     if pmd::nic::driver_for(function.id()).is_none() {
         return Some(format!("no driver for {vendor:04x}:{device:04x}"));
@@ -145,13 +159,17 @@ pub(super) fn list(root: &Path, json: bool) -> Result<ExitCode> {
 ///
 /// # Errors
 /// The page cannot be written.
-pub(super) fn info(root: &Path, bdf: Bdf, json: bool) -> Result<ExitCode> {
+pub(super) fn info(root: &Path, args: &InfoArgs) -> Result<ExitCode> {
+    let bdf = args.bdf;
     let Some(function) = pci::find(root, bdf) else {
         return Ok(refuse(bind::BindError::Unknown(bdf)));
     };
     let card = Card::new(root, &function);
-    if json {
-        output::print(&(serde_json::to_string_pretty(&card)? + "\n"))?;
+    let run_dir = run_dir_of_client(args.run_dir.as_deref())?;
+    let looked = look::look(root, &function, &run_dir, args.vf_token.as_deref());
+    if args.json {
+        let page = Page { card, looked: looked.card, registers_unread: looked.unread };
+        output::print(&(serde_json::to_string_pretty(&page)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = format!("{bdf}\n");
@@ -183,8 +201,41 @@ pub(super) fn info(root: &Path, bdf: Bdf, json: bool) -> Result<ExitCode> {
         line("virtual functions", format!("{now} of {most} {}", card.virtual_functions.join(" ")))?;
     }
     line("for Cableway", card.obstacle.unwrap_or_else(|| "ready".to_owned()))?;
+    if let Some(unread) = &looked.unread {
+        line("registers", unread.clone())?;
+    }
+    text += &details(&looked.card);
     output::print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Counters and registers in tables; of arrays of registers those that are not zero.
+fn details(card: &CardReport) -> String {
+    let mut text = String::new();
+    if !card.counters.is_empty() {
+        let mut table = output::table(&["counter", ""], &[1]);
+        for counter in &card.counters {
+            table.add_row([counter.name.clone(), output::grouped(counter.count)]);
+        }
+        text += &format!("\n{table}\n");
+    }
+    let shown = card.registers.iter().filter(|register| register.index.is_none() || register.value != 0);
+    let mut table = output::table(&["register", "at", "value", "fields"], &[]);
+    for register in shown {
+        let index = register.index.map_or(String::new(), |index| format!("[{index}]"));
+        let fields = register.fields.iter().filter(|field| field.value != 0);
+        let fields: Vec<_> = fields.map(|field| format!("{}={:#x}", field.name, field.value)).collect();
+        table.add_row([
+            format!("{}{index}", register.name),
+            format!("{:#07x}", register.offset),
+            format!("{:#010x}", register.value),
+            fields.join(" "),
+        ]);
+    }
+    if !card.registers.is_empty() {
+        text += &format!("\n{table}\n");
+    }
+    text
 }
 
 #[cfg(test)]

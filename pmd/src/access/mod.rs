@@ -16,7 +16,7 @@ use std::time::Duration;
 use host::memory::SharedMemory;
 
 pub use mmio::Mmio;
-pub use registers::{Bits, Field, Readable, Register, Regs, WaitError, Writable};
+pub use registers::{Bits, Entry, Field, Readable, Reading, Register, Regs, Scratch, WaitError, Writable};
 
 /// What a register of a device reads that is no longer there (PCI Express 4.0, section 2.3.2: completions of requests that
 /// nobody claims).

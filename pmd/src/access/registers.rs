@@ -7,41 +7,56 @@ use std::time::Duration;
 
 use super::{Bar, GONE};
 
-/// Declares registers, a line each: name, offset, access (`ro`, `wo`, `rw`), and the bits that the driver uses. Arrays have a
-/// stride, and their name takes an index.
+/// Declares registers, a line each: name, offset, access, and the bits that the driver uses. Arrays have a stride, and their name
+/// takes an index, of which there are as many as the brackets say. All of them are also in `TABLE`, for who looks at a card.
+///
+/// Access is `ro`, `wo` or `rw`; `rc` and `rcw` are read and written likewise, and reading them changes them: only the driver may.
 ///
 /// ```
 /// pmd::registers! {
 ///     /// Receive control (datasheet 10.2.5.1).
 ///     RCTL @ 0x0100 rw { 1 => EN, 15 => BAM, 16..=17 => BSIZE }
 ///     /// Receive descriptor base (datasheet 10.2.5.6).
-///     RDBAL @ 0x2800 + 0x100 * queue rw {}
+///     RDBAL @ 0x2800 + 0x100 * queue[2] rw {}
 /// }
 /// use pmd::access::Register;
 /// assert_eq!((RDBAL(1).offset(), RCTL.offset()), (0x2900, 0x100));
 /// assert_eq!((RCTL::EN | RCTL::BSIZE.is(3)).value(), 0x0003_0002);
+/// assert_eq!((TABLE[1].name, TABLE[1].count), ("RDBAL", 2));
 /// ```
 #[macro_export]
 macro_rules! registers {
-    () => {};
-    ($(#[$doc:meta])* $name:ident @ $base:literal $access:ident
-        { $($low:literal $(..= $high:literal)? => $field:ident),* $(,)? } $($rest:tt)*) => {
+    ($($(#[$doc:meta])* $name:ident @ $base:literal $(+ $stride:literal * $index:ident [$count:literal])? $access:ident
+        { $($low:literal $(..= $high:literal)? => $field:ident),* $(,)? })*) => {
+        /// All registers of this table.
+        #[allow(dead_code, unreachable_pub)]
+        pub const TABLE: &[$crate::access::Entry] = &[$($crate::access::Entry {
+            name: stringify!($name),
+            base: $base,
+            stride: 0 $(+ $stride)?,
+            count: 0 $(+ $count)?,
+            may_look: $crate::registers!(@may_look $access),
+            fields: <$name as $crate::access::Register>::FIELDS,
+        }),*];
+        $($crate::registers!(@declare [$(#[$doc])*] $name @ $base $(+ $stride * $index)? $access
+            { $($low $(..= $high)? => $field),* });)*
+    };
+    (@declare [$(#[$doc:meta])*] $name:ident @ $base:literal $access:ident
+        { $($low:literal $(..= $high:literal)? => $field:ident),* }) => {
         $(#[$doc])*
         #[allow(non_camel_case_types, clippy::upper_case_acronyms, unreachable_pub)]
         #[derive(Clone, Copy, Debug)]
         pub struct $name;
         $crate::registers!(@one $name, $base, None, self, $access { $($low $(..= $high)? => $field),* });
-        $crate::registers!($($rest)*);
     };
-    ($(#[$doc:meta])* $name:ident @ $base:literal + $stride:literal * $index:ident $access:ident
-        { $($low:literal $(..= $high:literal)? => $field:ident),* $(,)? } $($rest:tt)*) => {
+    (@declare [$(#[$doc:meta])*] $name:ident @ $base:literal + $stride:literal * $index:ident $access:ident
+        { $($low:literal $(..= $high:literal)? => $field:ident),* }) => {
         $(#[$doc])*
         #[allow(non_camel_case_types, clippy::upper_case_acronyms, unreachable_pub)]
         #[derive(Clone, Copy, Debug)]
         pub struct $name(pub u32);
         $crate::registers!(@one $name, $base + $stride * self.0, Some(self.0), self,
             $access { $($low $(..= $high)? => $field),* });
-        $crate::registers!($($rest)*);
     };
     (@one $name:ident, $offset:expr, $index:expr, $self:ident,
         $access:ident { $($low:literal $(..= $high:literal)? => $field:ident),* }) => {
@@ -71,6 +86,11 @@ macro_rules! registers {
     (@field $name:ident $low:literal ..= $high:literal => $field:ident) => {
         pub const $field: $crate::access::Field<$name> = $crate::access::Field::new($low, $high);
     };
+    (@may_look ro) => { true };
+    (@may_look rw) => { true };
+    (@may_look $other:ident) => { false };
+    (@access $name:ident rc) => { $crate::registers!(@access $name ro); };
+    (@access $name:ident rcw) => { $crate::registers!(@access $name rw); };
     (@access $name:ident ro) => { impl $crate::access::Readable for $name {} };
     (@access $name:ident wo) => { impl $crate::access::Writable for $name {} };
     (@access $name:ident rw) => {
@@ -89,6 +109,54 @@ pub trait Register: Copy {
     fn offset(self) -> u32;
     /// Which of an array.
     fn index(self) -> Option<u32>;
+}
+
+/// A line of a table of registers, or an array of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// As the datasheet calls it.
+    pub name: &'static str,
+    /// Where it is, or the first of the array, in bytes.
+    pub base: u32,
+    /// From one of the array to the next.
+    pub stride: u32,
+    /// How many the array has; 0: it is no array.
+    pub count: u32,
+    /// Reading it changes nothing.
+    pub may_look: bool,
+    /// Its fields, and the bits of each.
+    pub fields: &'static [(&'static str, u32)],
+}
+
+/// What a register read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// As the datasheet calls it.
+    pub name: &'static str,
+    /// Which of an array.
+    pub index: Option<u32>,
+    /// Where it is, in bytes.
+    pub offset: u32,
+    /// What it read.
+    pub value: u32,
+    /// The fields that the driver uses, as they read.
+    pub fields: Vec<(&'static str, u32)>,
+}
+
+/// A register that may hold anything while its device is stopped, and the bits of it that do.
+#[derive(Clone, Copy, Debug)]
+pub struct Scratch {
+    name: &'static str,
+    index: Option<u32>,
+    offset: u32,
+    bits: u32,
+}
+
+impl Scratch {
+    /// `bits` of `register`.
+    pub fn new<R: Readable + Writable>(register: R, bits: u32) -> Self {
+        Self { name: R::NAME, index: register.index(), offset: register.offset(), bits }
+    }
 }
 
 /// A register that may be read.
@@ -248,6 +316,45 @@ impl<B: Bar> Regs<B> {
         self.0.pause(time);
     }
 
+    /// Reads all registers of a table that may be looked at.
+    pub fn look(&self, table: &[Entry]) -> Vec<Reading> {
+        let one = |entry: &Entry, index: Option<u32>| {
+            let offset = entry.base + entry.stride * index.unwrap_or(0);
+            let value = self.0.read32(offset);
+            let fields = entry
+                .fields
+                .iter()
+                .map(|&(name, mask)| (name, (value & mask) >> mask.trailing_zeros().min(31)));
+            Reading { name: entry.name, index, offset, value, fields: fields.collect() }
+        };
+        let each = |entry: &'_ Entry| match entry.count {
+            0 => vec![one(entry, None)],
+            count => (0..count).map(|index| one(entry, Some(index))).collect(),
+        };
+        table.iter().filter(|entry| entry.may_look).flat_map(each).collect()
+    }
+
+    /// Writes patterns to registers and reads them back; leaves what was there. The device is stopped.
+    ///
+    /// # Errors
+    /// One holds something else.
+    pub fn hold_patterns(&self, scratch: &[Scratch]) -> Result<(), WaitError> {
+        for at in scratch {
+            let before = self.0.read32(at.offset);
+            for pattern in [0x5a5a_5a5a, 0xa5a5_a5a5, 0, u32::MAX] {
+                self.0.write32(at.offset, pattern & at.bits);
+                let (wanted, got) = (pattern & at.bits, self.0.read32(at.offset) & at.bits);
+                if got != wanted {
+                    let register =
+                        at.index.map_or(at.name.to_owned(), |index| format!("{}[{index}]", at.name));
+                    return Err(WaitError::Timeout { register, wanted, got, waited: Duration::ZERO });
+                }
+            }
+            self.0.write32(at.offset, before);
+        }
+        Ok(())
+    }
+
     /// Waits until all of `bits` are set, for at most `limit`.
     ///
     /// # Errors
@@ -314,7 +421,7 @@ mod tests {
         /// One with fields.
         CONTROL @ 0x10 rw { 0 => RESET, 4..=7 => MODE, 25 => ENABLE }
         /// An array.
-        QUEUE @ 0x100 + 0x40 * queue rw { 25 => ENABLE }
+        QUEUE @ 0x100 + 0x40 * queue[2] rw { 25 => ENABLE }
     }
 
     /// Reads what it is told to, and counts the time that is let pass.

@@ -4,13 +4,13 @@ mod regs;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Regs, WaitError, Writable};
+use crate::access::{Bar, Entry, Regs, Scratch, WaitError, Writable};
 use crate::intel::regs::{CTRL, EEC, MRQC, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical, RESET_LIMIT};
 use crate::nic::{DeviceError, Options};
 use regs::{
-    CTRL_EXT, EIAC, ICR, IMC, IMS, IVAR, RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL, TDH,
-    TDLEN, TDT, TIPG, TXDCTL,
+    CTRL_EXT, EIAC, ICR, ICS, IMC, IMS, IVAR, RDBAH, RDBAL, RDH, RDLEN, RDT, RFCTL, RXDCTL, TDBAH, TDBAL,
+    TDH, TDLEN, TDT, TIPG, TXDCTL,
 };
 
 /// An 82574L.
@@ -24,6 +24,7 @@ impl Card for I82574 {
     const IDS: &'static [u32] = &[0x10d3_8086];
     /// Datasheet 10.1.
     const BAR_BYTES: u32 = 128 << 10;
+    const TABLE: &'static [Entry] = regs::TABLE;
     /// CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data (RXE).
     const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
     /// IXSM.
@@ -54,6 +55,25 @@ impl Card for I82574 {
         regs.write(ICR, ICR::RXQ0);
         regs.write(IMS, IMS::RXQ0);
         regs.flush(STATUS);
+    }
+
+    fn raise<B: Bar>(regs: &Regs<B>, _: u32) {
+        regs.write(ICS, ICS::RXQ0);
+        regs.flush(STATUS);
+    }
+
+    fn scratch() -> Vec<Scratch> {
+        let queues = (0..2).flat_map(|q| {
+            [
+                Scratch::new(RDBAL(q), 0xffff_fff0),
+                Scratch::new(RDBAH(q), u32::MAX),
+                Scratch::new(RDLEN(q), 0xf_ff80),
+                Scratch::new(TDBAL(q), 0xffff_fff0),
+                Scratch::new(TDBAH(q), u32::MAX),
+                Scratch::new(TDLEN(q), 0xf_ff80),
+            ]
+        });
+        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, _: u32) {

@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Regs, WaitError, Writable};
+use crate::access::{Bar, Entry, Regs, Scratch, WaitError, Writable};
 use crate::intel::regs::{EEC, MRQC, RXCSUM, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, Functions as _, INSERT_TAG, Physical};
 use crate::nic::{DeviceError, Options};
 use regs::{
-    EIAC, EICR, EIMC, EIMS, GPIE, ICR, IMC, IVAR, MDIC, RDBAH, RDBAL, RDH, RDLEN, RDT, RETA, RLPML, RSSRK,
+    EIAC, EICR, EICS, EIMC, EIMS, GPIE, ICR, IMC, IVAR, RDBAH, RDBAL, RDH, RDLEN, RDT, RETA, RLPML, RSSRK,
     RXDCTL, SRRCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TXDCTL,
 };
 
@@ -33,9 +33,6 @@ const QUEUE_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long the EEPROM is waited for: it is read within some ms.
 const EEPROM_LIMIT: Duration = Duration::from_millis(20);
-
-/// How long the PHY may take to be told something: 64 µs (datasheet 8.2, MDIC), and firmware may have it at the moment.
-const PHY_LIMIT: Duration = Duration::from_millis(10);
 
 /// The key of the receive side's hash: that of Microsoft's specification of RSS, as other drivers have it.
 const KEY: [u32; 10] = [
@@ -57,6 +54,7 @@ impl Card for I82576 {
     const IDS: &'static [u32] = &[0x10c9_8086, 0x10e6_8086, 0x10e7_8086];
     /// Datasheet 8.1: 128 KiB.
     const BAR_BYTES: u32 = 128 << 10;
+    const TABLE: &'static [Entry] = regs::TABLE;
     /// Data (RXE), of the extended errors (datasheet 7.1.5).
     const DAMAGED: u64 = 1 << 31;
     /// None: bit 2 is reserved.
@@ -78,6 +76,25 @@ impl Card for I82576 {
         regs.write_number(EICR, bit);
         regs.write_number(EIMS, bit);
         regs.flush(STATUS);
+    }
+
+    fn raise<B: Bar>(regs: &Regs<B>, queue: u32) {
+        regs.write_number(EICS, 1 << Self::vector(queue));
+        regs.flush(STATUS);
+    }
+
+    fn scratch() -> Vec<Scratch> {
+        let queues = (0..16).flat_map(|q| {
+            [
+                Scratch::new(RDBAL(q), 0xffff_ff80),
+                Scratch::new(RDBAH(q), u32::MAX),
+                Scratch::new(RDLEN(q), 0xf_ff80),
+                Scratch::new(TDBAL(q), 0xffff_ff80),
+                Scratch::new(TDBAH(q), u32::MAX),
+                Scratch::new(TDLEN(q), 0xf_ff80),
+            ]
+        });
+        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32) {
@@ -103,14 +120,6 @@ impl Card for I82576 {
     fn quiet<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
         intel::quiet::<B, Self>(regs)
     }
-}
-
-/// Lets the PHY begin a link anew: it negotiates when it is told to (datasheet 3.5.7; IEEE 802.3, 22.2.4.1).
-fn negotiate<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
-    // The control register, number 0: negotiation on, and begun anew. The PHY's address is 1, a write is 1.
-    let control = MDIC::DATA.is(1 << 12 | 1 << 9) | MDIC::REGADD.is(0);
-    regs.write(MDIC, control | MDIC::PHYADD.is(1) | MDIC::OP.is(1));
-    regs.wait_set(MDIC, MDIC::READY, PHY_LIMIT)
 }
 
 /// What the advanced context descriptor (datasheet 7.2.2.2) says about a frame. The device finds the checksum by the kind of
@@ -181,7 +190,7 @@ impl Physical for I82576 {
 
     /// Datasheet 4.5.9, and 7.1.1.7 for the spreading of frames over queues.
     fn prepare<B: Bar>(regs: &Regs<B>, options: &Options) -> Result<Functions, DeviceError> {
-        negotiate(regs)?;
+        intel::negotiate(regs)?;
         regs.write_number(RLPML, options.longest() + 4);
         // Each vector is a cause of its own, which its message clears; none is enabled (datasheet 7.3.1, 8.8).
         regs.write(GPIE, GPIE::MULTIPLE_MSIX | GPIE::PBA_SUPPORT | GPIE::NSICR);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, PciDevice, Regs, WaitError, Writable};
+use crate::access::{Bar, Entry, PciDevice, Reading, Regs, Scratch, WaitError, Writable};
 use crate::dma::{Arena, Pool};
 use crate::igb::I82576;
 use crate::igb::message::{self, ACK};
@@ -18,11 +18,12 @@ use crate::intel::core::Core;
 use crate::intel::filter::hash;
 use crate::intel::regs::STATUS;
 use crate::intel::{Ask, Card, Checksum, Receive, Transmit};
+use crate::nic::selftest::{Found, SelfTest};
 use crate::nic::{DeviceError, Filter, Link, Mac, Nic, Opened, Options};
 use mailbox::Mailbox;
 use regs::{
     RDBAH, RDBAL, RDH, RDLEN, RDT, RXDCTL, SRRCTL, TDBAH, TDBAL, TDH, TDLEN, TDT, TXDCTL, VFGORC, VFGOTC,
-    VFGPRC, VFGPTC, VFMPRC, VTCTRL, VTEIAC, VTEICR, VTEIMC, VTEIMS, VTIVAR,
+    VFGPRC, VFGPTC, VFMPRC, VTCTRL, VTEIAC, VTEICR, VTEICS, VTEIMC, VTEIMS, VTIVAR,
 };
 
 /// What a virtual function of the 82576 differs in from others.
@@ -39,6 +40,7 @@ impl Card for I82576Vf {
     const IDS: &'static [u32] = &[0x10ca_8086, 0x152d_8086];
     /// Datasheet 8.26: 16 KiB.
     const BAR_BYTES: u32 = 16 << 10;
+    const TABLE: &'static [Entry] = regs::TABLE;
     const DAMAGED: u64 = I82576::DAMAGED;
     const IGNORE_CHECKSUM: u64 = I82576::IGNORE_CHECKSUM;
     const RECEIVE_ERRORS: [&'static str; 8] = I82576::RECEIVE_ERRORS;
@@ -58,6 +60,25 @@ impl Card for I82576Vf {
         regs.write_number(VTEICR, bit);
         regs.write_number(VTEIMS, bit);
         regs.flush(STATUS);
+    }
+
+    fn raise<B: Bar>(regs: &Regs<B>, queue: u32) {
+        regs.write_number(VTEICS, 1 << Self::vector(queue));
+        regs.flush(STATUS);
+    }
+
+    fn scratch() -> Vec<Scratch> {
+        let queues = (0..2).flat_map(|q| {
+            [
+                Scratch::new(RDBAL(q), 0xffff_ff80),
+                Scratch::new(RDBAH(q), u32::MAX),
+                Scratch::new(RDLEN(q), 0xf_ff80),
+                Scratch::new(TDBAL(q), 0xffff_ff80),
+                Scratch::new(TDBAH(q), u32::MAX),
+                Scratch::new(TDLEN(q), 0xf_ff80),
+            ]
+        });
+        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32) {
@@ -269,6 +290,29 @@ impl<D: PciDevice> Nic for Igbvf<D> {
 
     fn stop(&mut self) {
         self.core.stop();
+    }
+
+    fn registers(device: &D) -> Result<Vec<Reading>, DeviceError> {
+        let regs = Regs::new(device.bar(0, I82576Vf::BAR_BYTES)?);
+        let status = crate::intel::regs::TABLE.iter().filter(|entry| entry.name == "STATUS");
+        let table: Vec<Entry> = status.chain(I82576Vf::TABLE).copied().collect();
+        Ok(regs.look(&table))
+    }
+}
+
+impl<D: PciDevice> SelfTest for Igbvf<D> {
+    fn try_registers(device: &D) -> Found {
+        let regs = Regs::new(device.bar(0, I82576Vf::BAR_BYTES)?);
+        regs.write(VTCTRL, VTCTRL::RST);
+        regs.pause(Duration::from_millis(1));
+        let scratch = I82576Vf::scratch();
+        regs.hold_patterns(&scratch)?;
+        Ok(Some(format!("{} of them held every pattern", scratch.len())))
+    }
+
+    fn raise(&self) -> bool {
+        I82576Vf::raise(self.core.regs(), 0);
+        true
     }
 }
 

@@ -7,7 +7,7 @@ use super::core::Core;
 use super::regs::{MTA, RAH, RAL, STATUS};
 use super::statistics::Statistics;
 use super::{Functions, Physical, Receive, Transmit, receive, reset, transmit};
-use crate::access::PciDevice;
+use crate::access::{PciDevice, Reading, Regs};
 use crate::dma::{Arena, Pool};
 use crate::nic::{DeviceError, Filter, Link, Mac, Nic, Opened, Options};
 
@@ -132,6 +132,13 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
 
     fn stop(&mut self) {
         self.core.stop();
+    }
+
+    fn registers(device: &D) -> Result<Vec<Reading>, DeviceError> {
+        let regs = Regs::new(device.bar(0, C::BAR_BYTES)?);
+        let mut all = regs.look(super::regs::TABLE);
+        all.extend(regs.look(C::TABLE));
+        Ok(all)
     }
 }
 

@@ -9,6 +9,7 @@ pub(crate) mod functions;
 mod hostile_tests;
 mod receive;
 pub(crate) mod regs;
+mod selftest;
 #[cfg(test)]
 pub(crate) mod standin;
 mod statistics;
@@ -20,7 +21,7 @@ use std::time::Duration;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Bits, Regs, WaitError, Writable};
+use crate::access::{Bar, Bits, Entry, Regs, Scratch, WaitError, Writable};
 use crate::nic::{DeviceError, Options};
 
 pub use adapter::Adapter;
@@ -30,13 +31,16 @@ pub use functions::{Functions, Groups};
 pub use receive::Receive;
 pub use transmit::Transmit;
 
-use regs::{CTRL, RCTL, RXCSUM, STATUS, TCTL, VET};
+use regs::{CTRL, MDIC, RCTL, RXCSUM, STATUS, TCTL, VET};
 
 /// How long requests under way may take to end (82574 datasheet 5.2.5.3 wants them to within completion timeouts, tens of ms).
 const MASTER_LIMIT: Duration = Duration::from_millis(100);
 
 /// How long a reset may take: the datasheets promise 1 µs for RST, and some ms for the EEPROM.
 pub(crate) const RESET_LIMIT: Duration = Duration::from_millis(100);
+
+/// How long the PHY may take to be told something: 64 µs (82576 datasheet 8.2, MDIC), and firmware may have it at the moment.
+const PHY_LIMIT: Duration = Duration::from_millis(10);
 
 /// What a card's queues differ in from those of others.
 pub trait Card: Send + Sync + 'static {
@@ -46,6 +50,8 @@ pub trait Card: Send + Sync + 'static {
     const IDS: &'static [u32];
     /// Bytes of BAR 0 that hold registers.
     const BAR_BYTES: u32;
+    /// Its own registers.
+    const TABLE: &'static [Entry];
     /// Bits of a receive descriptor's second word that make a frame no frame.
     const DAMAGED: u64;
     /// The bit of it that says that checksums are to be ignored, if the card has one.
@@ -62,6 +68,12 @@ pub trait Card: Send + Sync + 'static {
     /// That vector's interrupt comes once, at the next frame: what caused it before is forgotten. Has arrived at the device when
     /// it returns.
     fn arm<B: Bar>(regs: &Regs<B>, queue: u32);
+
+    /// That interrupt's cause, without a frame.
+    fn raise<B: Bar>(regs: &Regs<B>, queue: u32);
+
+    /// Its registers that may hold anything while it is stopped.
+    fn scratch() -> Vec<Scratch>;
 
     /// It does not come any more.
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32);
@@ -165,6 +177,32 @@ fn reset<B: Bar, C: Physical>(regs: &Regs<B>) -> Result<(), DeviceError> {
     // Speed and duplex come from the PHY; the MAC follows it (4.6.3). Flow control off: a slow guest must not stop the wire.
     regs.clear(CTRL, CTRL::GIO_MASTER_DISABLE | CTRL::RFCE | CTRL::TFCE);
     regs.set(CTRL, CTRL::SLU);
+    Ok(())
+}
+
+/// Writes the PHY's control register, number 0 (IEEE 802.3, 22.2.4.1). The PHY's address is 1, a write is 1.
+fn control_phy<B: Bar>(regs: &Regs<B>, bits: u32) -> Result<(), WaitError> {
+    regs.write(MDIC, MDIC::DATA.is(bits) | MDIC::REGADD.is(0) | MDIC::PHYADD.is(1) | MDIC::OP.is(1));
+    regs.wait_set(MDIC, MDIC::READY, PHY_LIMIT)
+}
+
+/// Lets the PHY begin a link anew: negotiation on, and begun (82576 datasheet 3.5.7).
+pub(crate) fn negotiate<B: Bar>(regs: &Regs<B>) -> Result<(), WaitError> {
+    control_phy(regs, 1 << 12 | 1 << 9)
+}
+
+/// Lets the PHY send back what it is to send, at 1 Gbit/s and both ways at once, without a cable; or ends that (82576 datasheet
+/// 3.5.6.3.2).
+fn loop_back<B: Bar>(regs: &Regs<B>, on: bool) -> Result<(), WaitError> {
+    let forced = CTRL::FRCSPD | CTRL::FRCDPX | CTRL::SPEED.is(2) | CTRL::FD | CTRL::SLU;
+    if !on {
+        regs.clear(CTRL, CTRL::FRCSPD | CTRL::FRCDPX);
+        return negotiate(regs);
+    }
+    control_phy(regs, 1 << 14 | 1 << 8 | 1 << 6)?;
+    regs.clear(CTRL, CTRL::SPEED.is(3));
+    regs.set(CTRL, forced);
+    regs.pause(Duration::from_millis(500));
     Ok(())
 }
 

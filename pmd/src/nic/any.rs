@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use port::{Burst, BurstBuffer, DropReason, FrameSet, Release, RxQueue, Scratch, TagEdit, TxQueue};
 
+use super::selftest::{self, Line};
 use super::{
     DeviceError, Filter, Link, Mac, Nic, Opened, Options, ReceiveCounters, ReceiveQueue, TransmitCounters,
     TransmitQueue,
 };
 use crate::access::vfio::VfioFunction;
-use crate::access::{PciDevice, config};
+use crate::access::{PciDevice, Reading, config};
 use crate::dma::Arena;
 use crate::e1000e::E1000e;
 use crate::igb::{Igb, Settings, VirtualFunction};
@@ -69,6 +70,35 @@ macro_rules! drivers {
                     receive: receive.into_iter().map(AnyReceive::$name).collect(),
                     transmit: transmit.into_iter().map(AnyTransmit::$name).collect(),
                 });
+            })+
+            Err(DeviceError::NoDriver { vendor: id as u16, device: (id >> 16) as u16 })
+        }
+
+        /// What the registers of the card that `function` is read: see [`Nic::registers`].
+        ///
+        /// # Errors
+        /// There is no driver for it, or it has no such registers.
+        pub fn registers(function: &VfioFunction) -> Result<Vec<Reading>, DeviceError> {
+            let id = function.config_read(config::ID);
+            $(if $driver::<VfioFunction>::IDS.contains(&id) {
+                return $driver::registers(function);
+            })+
+            Err(DeviceError::NoDriver { vendor: id as u16, device: (id >> 16) as u16 })
+        }
+
+        /// Tests the card that `function` is, which nobody uses, with memory in `arena`. `raised`: whether a vector was raised since
+        /// it was asked of it last.
+        ///
+        /// # Errors
+        /// There is no driver for it.
+        pub fn self_test(
+            function: &Arc<VfioFunction>,
+            arena: &Arc<Arena>,
+            raised: &mut dyn FnMut(u16) -> bool,
+        ) -> Result<Vec<Line>, DeviceError> {
+            let id = function.config_read(config::ID);
+            $(if $driver::<VfioFunction>::IDS.contains(&id) {
+                return Ok(selftest::run::<$driver<VfioFunction>>(function, arena, raised));
             })+
             Err(DeviceError::NoDriver { vendor: id as u16, device: (id >> 16) as u16 })
         }

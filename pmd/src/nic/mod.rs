@@ -7,6 +7,7 @@ mod any;
 mod copy;
 mod counters;
 mod error;
+pub mod selftest;
 mod single;
 mod state;
 
@@ -15,14 +16,14 @@ use std::time::Duration;
 
 use port::{RxQueue, TxQueue};
 
-pub use any::{AnyNic, AnyReceive, AnyTransmit, OpenedAny, driver_for, open};
+pub use any::{AnyNic, AnyReceive, AnyTransmit, OpenedAny, driver_for, open, registers, self_test};
 pub(crate) use copy::{MOST_BUFFERS, Plan, Writer, pieces};
 pub use counters::{Counter, Drops, ReceiveCounters, TransmitCounters};
 pub use error::DeviceError;
 pub use single::Single;
 pub(crate) use state::State;
 
-use crate::access::PciDevice;
+use crate::access::{PciDevice, Reading};
 use crate::dma::Arena;
 
 /// Shortest frame that is taken: an Ethernet header.
@@ -217,6 +218,12 @@ pub trait Nic: Sized + Send + 'static {
 
     /// Stops the device: frames in its rings are lost, and their buffers go home when the queues are dropped.
     fn stop(&mut self);
+
+    /// What the registers read that the driver uses and that reading does not change. At any time, for who looks at a card.
+    ///
+    /// # Errors
+    /// The device has no such registers.
+    fn registers(device: &Self::Device) -> Result<Vec<Reading>, DeviceError>;
 }
 
 /// Whether `device` is one of `ids`, and finds its memory where `arena` is mapped.

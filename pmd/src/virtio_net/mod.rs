@@ -15,11 +15,12 @@ use std::time::Duration;
 use virtio::device::{Direction, Layout};
 use virtio::features;
 
-use crate::access::{NarrowBar, PciDevice, WaitError};
+use crate::access::{NarrowBar, PciDevice, Reading, WaitError};
 use crate::dma::{Arena, Block, Pool};
+use crate::nic::selftest::{Found, SelfTest};
 use crate::nic::{DeviceError, Filter, Link, Mac, Nic, Opened, Options, check_device};
 use core::{Core, RingMemory};
-use pci::status;
+use pci::{Registers, status};
 use transmit::{HEADER_STRIDE, Use};
 
 pub use receive::Receive;
@@ -193,6 +194,17 @@ impl<D: PciDevice<Bar: NarrowBar>> Nic for VirtioNet<D> {
 
     fn stop(&mut self) {
         self.core.stop();
+    }
+
+    fn registers(device: &D) -> Result<Vec<Reading>, DeviceError> {
+        Ok(Registers::find(device)?.look())
+    }
+}
+
+impl<D: PciDevice<Bar: NarrowBar>> SelfTest for VirtioNet<D> {
+    /// None of its registers holds just anything.
+    fn try_registers(_: &D) -> Found {
+        Ok(None)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::access::{AccessError, GONE, NarrowBar, PciDevice, WaitError};
+use crate::access::{AccessError, GONE, NarrowBar, PciDevice, Reading, WaitError};
 
 /// Kinds of configuration structures (4.1.4).
 const COMMON: usize = 1;
@@ -18,6 +18,7 @@ mod common {
     pub(super) const DRIVER_FEATURE_SELECT: u32 = 8;
     pub(super) const DRIVER_FEATURE: u32 = 12;
     pub(super) const CONFIG_MSIX_VECTOR: u32 = 16;
+    pub(super) const NUM_QUEUES: u32 = 18;
     pub(super) const DEVICE_STATUS: u32 = 20;
     pub(super) const QUEUE_SELECT: u32 = 22;
     pub(super) const QUEUE_SIZE: u32 = 24;
@@ -44,6 +45,9 @@ const NO_VECTOR: u16 = 0xffff;
 
 /// What a device that is gone reads as.
 pub(super) const GONE8: u8 = u8::MAX;
+
+/// Queues that are looked at: more than any device here has.
+const MOST_QUEUES: u16 = 64;
 
 /// How long a reset may take. The specification names no time; devices wait for what is under way.
 const RESET_LIMIT: Duration = Duration::from_millis(500);
@@ -200,6 +204,34 @@ impl<B: NarrowBar> Registers<B> {
     /// Tells the device of new buffers in `queue` (4.1.5.2).
     pub(super) fn ring(&self, doorbell: &Doorbell, queue: u16) {
         self.notify.0.write16(doorbell.0, queue);
+    }
+
+    /// What the registers read (4.1.4.3). Selects queues: never while one is being set up.
+    pub(super) fn look(&self) -> Vec<Reading> {
+        let (bar, at) = &self.common;
+        let one =
+            |name, index, offset, value: u32| Reading { name, index, offset, value, fields: Vec::new() };
+        let queues = bar.read16(at + common::NUM_QUEUES);
+        let offered = self.offered();
+        let mut all = vec![
+            one("device_feature", Some(0), common::DEVICE_FEATURE, offered as u32),
+            one("device_feature", Some(1), common::DEVICE_FEATURE, (offered >> 32) as u32),
+            one("num_queues", None, common::NUM_QUEUES, queues.into()),
+            one("device_status", None, common::DEVICE_STATUS, self.status().into()),
+        ];
+        let of_queue = [
+            ("queue_size", common::QUEUE_SIZE),
+            ("queue_msix_vector", common::QUEUE_MSIX_VECTOR),
+            ("queue_enable", common::QUEUE_ENABLE),
+            ("queue_notify_off", common::QUEUE_NOTIFY_OFF),
+        ];
+        // A device that is gone, or makes it up, has as many as a network card can have.
+        for queue in 0..queues.min(MOST_QUEUES) {
+            bar.write16(at + common::QUEUE_SELECT, queue);
+            let read = |(name, offset)| one(name, Some(queue.into()), offset, bar.read16(at + offset).into());
+            all.extend(of_queue.map(read));
+        }
+        all
     }
 
     /// A byte of the device's own configuration.

@@ -9,3 +9,4 @@ mod frames;
 mod functions;
 mod interrupts;
 mod queues;
+mod selftest;

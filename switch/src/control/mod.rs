@@ -15,7 +15,9 @@ use std::path::Path;
 use control::Door;
 
 use crate::capture::Filter;
-use report::{CaptureReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo, VfReport};
+use report::{
+    CaptureReport, CardReport, FdbReport, PortsReport, ReloadReport, StatsReport, SwitchInfo, VfReport,
+};
 
 pub use features::feature_names;
 pub use routes::{openapi, router};
@@ -64,6 +66,12 @@ pub trait SwitchState: Send + Sync {
 
     /// Ends a capture. `None`: there is no such capture.
     fn end_capture(&self, id: u64) -> Option<CaptureReport>;
+
+    /// What a port's card counts, and what its registers read.
+    ///
+    /// # Errors
+    /// There is no such port, or it has no card open; for the user.
+    fn card(&self, port: &str) -> Result<CardReport, String>;
 
     /// Changes what virtual function `number` of a port's card may, until the next reload. Its driver begins anew.
     ///

@@ -87,7 +87,7 @@ pub struct PortStats {
     pub rx: Vec<RxStats>,
     /// To the guest, per queue that ever ran.
     pub tx: Vec<TxStats>,
-    /// What the device behind it counts itself since it was opened, by its own names (`af_xdp` only).
+    /// What the device behind it counts itself since it was opened, by its own names (`af_xdp` and `nic`).
     #[serde(default)]
     pub device: Vec<DeviceCount>,
     /// What its frames suffered on purpose (`inject`), while they do.
@@ -335,6 +335,52 @@ pub struct VfReport {
     pub granted: u64,
     /// What it asked for and did not get, and what made no sense.
     pub refused: u64,
+}
+
+/// `GET /v1/ports/{name}/registers`: what a port's card counts, and what its registers read (`nic` only).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CardReport {
+    /// The hardware's counters since it was opened.
+    pub counters: Vec<DeviceCount>,
+    /// Registers that its driver uses and that reading does not change.
+    pub registers: Vec<RegisterReport>,
+}
+
+/// A register of a card, by the datasheet's name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RegisterReport {
+    /// As the datasheet calls it.
+    pub name: String,
+    /// Which of an array.
+    pub index: Option<u32>,
+    /// Where it is, in bytes.
+    pub offset: u32,
+    /// What it read.
+    pub value: u32,
+    /// The fields that the driver uses.
+    pub fields: Vec<FieldReport>,
+}
+
+/// A field of a register.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FieldReport {
+    /// As the datasheet calls it.
+    pub name: String,
+    /// What it read.
+    pub value: u32,
+}
+
+impl From<pmd::access::Reading> for RegisterReport {
+    fn from(reading: pmd::access::Reading) -> Self {
+        let field = |(name, value): (&str, u32)| FieldReport { name: name.to_owned(), value };
+        Self {
+            name: reading.name.to_owned(),
+            index: reading.index,
+            offset: reading.offset,
+            value: reading.value,
+            fields: reading.fields.into_iter().map(field).collect(),
+        }
+    }
 }
 
 /// How far a port has come.

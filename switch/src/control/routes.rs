@@ -13,9 +13,9 @@ use serde::Deserialize;
 use utoipa::{IntoParams, OpenApi};
 
 use super::report::{
-    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, PortReport, PortState, PortStats,
-    PortsReport, ReloadReport, RingReport, RxStats, StatsReport, SwitchInfo, Totals, TxStats, VfReport,
-    WorkerState, WorkerStats,
+    AddressStats, CaptureReport, CardReport, DropCount, FdbEntry, FdbReport, FieldReport, PortReport,
+    PortState, PortStats, PortsReport, RegisterReport, ReloadReport, RingReport, RxStats, StatsReport,
+    SwitchInfo, Totals, TxStats, VfReport, WorkerState, WorkerStats,
 };
 use super::{SwitchState, VfChange};
 use crate::capture::Filter;
@@ -29,18 +29,21 @@ type Answers = Arc<dyn SwitchState>;
         title = "cableway switch",
         description = "The control socket of a running switch (switch.sock in its run directory)"
     ),
-    paths(switch, stats, ports, port, set_vf, fdb, capture, captured, end_capture, reload),
+    paths(switch, stats, ports, port, registers, set_vf, fdb, capture, captured, end_capture, reload),
     components(schemas(
         AddressStats,
         CaptureReport,
+        CardReport,
         DropCount,
         Failure,
+        FieldReport,
         FdbEntry,
         FdbReport,
         PortReport,
         PortState,
         PortStats,
         PortsReport,
+        RegisterReport,
         ReloadReport,
         RingReport,
         RxStats,
@@ -67,6 +70,7 @@ pub fn router(answers: Arc<dyn SwitchState>) -> Router {
         .route("/v1/stats", get(stats))
         .route("/v1/ports", get(ports))
         .route("/v1/ports/{name}", get(port))
+        .route("/v1/ports/{name}/registers", get(registers))
         .route("/v1/ports/{name}/vfs/{number}", post(set_vf))
         .route("/v1/fdb", get(fdb))
         .route("/v1/captures", post(capture))
@@ -175,6 +179,16 @@ async fn captured(State(answers): State<Answers>, Path(id): Path<u64>) -> Respon
     responses((status = 200, body = CaptureReport), (status = 404, body = Failure)))]
 async fn end_capture(State(answers): State<Answers>, Path(id): Path<u64>) -> Response {
     answers.end_capture(id).map_or_else(|| no_capture(id), |report| Json(report).into_response())
+}
+
+/// What a port's card counts, and what its registers read.
+#[utoipa::path(get, path = "/v1/ports/{name}/registers", params(("name" = String, Path, description = "The port's name")),
+    responses((status = 200, body = CardReport), (status = 409, description = "No such port, or no card is open", body = Failure)))]
+async fn registers(State(answers): State<Answers>, Path(name): Path<String>) -> Response {
+    match answers.card(&name) {
+        Ok(report) => Json(report).into_response(),
+        Err(why) => failure(StatusCode::CONFLICT, why),
+    }
 }
 
 /// Changes what a virtual function of a port's card may, until the next reload. Its driver begins anew.

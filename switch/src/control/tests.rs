@@ -107,6 +107,15 @@ impl SwitchState for Still {
         (id == 7).then(|| CaptureReport { id, port: "a".to_owned(), captured: 2, missed: 1 })
     }
 
+    fn card(&self, port: &str) -> Result<CardReport, String> {
+        let field = FieldReport { name: "LU".into(), value: 1 };
+        let status =
+            RegisterReport { name: "STATUS".into(), index: None, offset: 8, value: 2, fields: vec![field] };
+        let sent = DeviceCount { name: "sent".into(), count: 3 };
+        let report = CardReport { counters: vec![sent], registers: vec![status] };
+        (port == "a").then_some(report).ok_or_else(|| format!("port {port} has no card open"))
+    }
+
     fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String> {
         if port != "a" || number > 1 {
             return Err(format!("port {port} has no virtual function {number}"));
@@ -146,6 +155,10 @@ fn a_client_gets_what_the_switch_says() {
         client::get::<PortReport>(&door(dir.path()), "/v1/ports/b").unwrap().value,
         Still.ports().ports[1]
     );
+    let card = client::get::<CardReport>(&door(dir.path()), "/v1/ports/a/registers").unwrap().value;
+    assert_eq!(Ok(card), Still.card("a"));
+    let none = client::get::<CardReport>(&door(dir.path()), "/v1/ports/b/registers");
+    assert!(matches!(none, Err(ClientError::Refused(why)) if why.contains("no card open")));
     let fdb = client::get::<FdbReport>(&door(dir.path()), "/v1/fdb?vlan=20").unwrap().value;
     assert_eq!((fdb.used, fdb.entries.len(), fdb.entries[0].port.as_str()), (2, 1, "b"));
 }

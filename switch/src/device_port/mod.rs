@@ -15,6 +15,7 @@ mod tx;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pmd::access::Reading;
 use pmd::igb::VirtualFunction;
 use pmd::kernel::OpenError;
 use pmd::kernel::xdp::XdpDevice;
@@ -186,7 +187,16 @@ impl DevicePort {
 
     /// What the device counts itself, by its own names.
     pub(crate) fn device_counters(&self) -> Vec<(&'static str, u64)> {
-        self.xdp().as_ref().map(XdpDevice::counters).unwrap_or_default()
+        if let Some(device) = &*self.xdp() {
+            return device.counters();
+        }
+        self.card().as_mut().map(Card::counters).unwrap_or_default()
+    }
+
+    /// What the registers of the card read, if there is one open.
+    pub(crate) fn registers(&self) -> Option<Result<Vec<Reading>, String>> {
+        // With the card in hand: a look may select what the driver selects.
+        self.card().as_ref().map(Card::registers)
     }
 
     fn xdp(&self) -> MutexGuard<'_, Option<XdpDevice>> {

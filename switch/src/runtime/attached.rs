@@ -7,7 +7,7 @@ use pmd::igb::VirtualFunction;
 
 use port::DropReason;
 
-use crate::control::report::DeviceCount;
+use crate::control::report::{CardReport, DeviceCount, RegisterReport};
 use crate::counters::{RxCounters, TxCounters};
 use crate::device_port::{DevicePort, DeviceRx};
 use crate::plan::Plan;
@@ -128,6 +128,16 @@ impl Attached {
         let Attached::Device(port) = self else { return Vec::new() };
         let counts = port.device_counters().into_iter();
         counts.map(|(name, count)| DeviceCount { name: name.to_owned(), count }).collect()
+    }
+
+    /// What its card counts and its registers read, if one is open.
+    pub(super) fn card(&self) -> Option<Result<CardReport, String>> {
+        let Attached::Device(port) = self else { return None };
+        let registers = port.registers()?;
+        Some(registers.map(|registers| CardReport {
+            counters: self.device_counts(),
+            registers: registers.into_iter().map(RegisterReport::from).collect(),
+        }))
     }
 
     /// A guest's rings that run.

@@ -12,9 +12,9 @@ use crate::bridge::Mac;
 use crate::capture::{Capture, Filter, Traced};
 use crate::config::{Behind, Config, Side, Vlan};
 use crate::control::report::{
-    AddressStats, CaptureReport, DropCount, FdbEntry, FdbReport, InjectStats, PortReport, PortState,
-    PortStats, PortsReport, ReloadReport, RingReport, RxStats, StatsReport, Suffered, SwitchInfo, Totals,
-    TraceStats, TxStats, VfReport, WorkerState, WorkerStats,
+    AddressStats, CaptureReport, CardReport, DropCount, FdbEntry, FdbReport, InjectStats, PortReport,
+    PortState, PortStats, PortsReport, ReloadReport, RingReport, RxStats, StatsReport, Suffered, SwitchInfo,
+    Totals, TraceStats, TxStats, VfReport, WorkerState, WorkerStats,
 };
 use crate::control::{SwitchState, VfChange, feature_names};
 use crate::counters::{RxCounters, TxCounters};
@@ -110,6 +110,13 @@ impl SwitchState for Switch {
         })?;
         self.republish();
         Some(ended.report())
+    }
+
+    fn card(&self, port: &str) -> Result<CardReport, String> {
+        let view = self.shared.view.load();
+        let found = view.ports.iter().find(|p| p.config.name == port);
+        let found = found.ok_or_else(|| format!("there is no port {port:?}"))?;
+        found.port.card().unwrap_or_else(|| Err(format!("port {port} has no card open")))
     }
 
     fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String> {

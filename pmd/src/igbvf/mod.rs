@@ -131,11 +131,13 @@ impl<D: PciDevice> Igbvf<D> {
         let regs = self.core.regs();
         regs.write(VTCTRL, VTCTRL::RST);
         regs.pause(Duration::from_millis(1));
-        self.mailbox.wait_for_adapter(regs).map_err(|error| match error {
+        // One that is just being reset by who opens it does not answer either.
+        let missing = |error| match error {
             WaitError::Timeout { .. } => DeviceError::NoAdapter(error),
             gone @ WaitError::Gone { .. } => gone.into(),
-        })?;
-        let [answer, low, high] = self.mailbox.ask(regs, &[message::RESET])?;
+        };
+        self.mailbox.wait_for_adapter(regs).map_err(missing)?;
+        let [answer, low, high] = self.mailbox.ask(regs, &[message::RESET]).map_err(missing)?;
         let mac = message::mac_of([low, high]);
         if answer & ACK == 0 || mac == [0; 6] {
             return Err(DeviceError::Refused("to begin, as it has no address: its owner gives it one"));

@@ -31,6 +31,7 @@ pub mod sandbox;
 mod scrollback;
 pub mod terminal;
 #[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code))]
 #[allow(clippy::unwrap_used, reason = "code of tests may panic")]
 mod test_driver;
 mod vcpu;

@@ -47,6 +47,9 @@ pub(crate) struct ProfileArgs {
 pub(crate) struct CheckArgs {
     #[command(flatten)]
     profile: ProfileArgs,
+    /// Also say what each knob that differs is good for.
+    #[arg(short, long, conflicts_with = "json")]
+    verbose: bool,
     /// Print it as JSON.
     #[arg(long)]
     json: bool,
@@ -126,7 +129,14 @@ pub(crate) fn run(command: &TuneCommand) -> Result<ExitCode> {
     let root = Path::new("/");
     match command {
         TuneCommand::Check(args) => match args.profile.load() {
-            Ok((profile, division)) => show(&tune::check(root, &profile, &division), args.json, false),
+            Ok((profile, division)) => {
+                let lines = tune::check(root, &profile, &division);
+                let status = show(&lines, args.json, false)?;
+                if args.verbose {
+                    output::print(&reasons(&profile, &lines))?;
+                }
+                Ok(status)
+            }
             Err(error) => Ok(refuse(error)),
         },
         TuneCommand::Apply(args) => match args.profile.load() {
@@ -239,6 +249,13 @@ fn table(lines: &[Line]) -> String {
     text
 }
 
+/// What each knob that differs is good for.
+fn reasons(profile: &Profile, lines: &[Line]) -> String {
+    let differs = |name: &str| lines.iter().any(|line| line.knob == name && line.effect == Effect::Differs);
+    let knobs = profile.knobs.iter().filter(|knob| differs(&knob.name));
+    knobs.map(|knob| format!("\n{}: {}\n  says {}\n", knob.name, knob.why, knob.source)).collect()
+}
+
 fn words(profile: &Profile, division: &Division) -> String {
     profile.cmdline.iter().map(|word| division.fill(word)).collect::<Vec<_>>().join(" ")
 }
@@ -317,6 +334,11 @@ mod tests {
         assert_eq!(rows[2], ["irq", "3", "0-1", "differs", "/proc/irq/2/x"]);
         assert_eq!(rows[3], ["threads", "0-3", "0-1", "differs", "/proc/30", "(kswapd0)"]);
         assert_eq!(rows.len(), 4);
+        let profile = "about = \"\"\n[[knob]]\nname = \"irq\"\npartition = \"\"\nwhy = \"quiet\"\nsource = \"us\"\n\
+                       [[knob]]\nname = \"other\"\npartition = \"\"\nwhy = \"w\"\nsource = \"s\"\n";
+        let profile = Profile::parse("x", profile).unwrap();
+        let differ = [line("irq", "/proc/irq/1/x", None, "0-3")];
+        assert_eq!(reasons(&profile, &differ), "\nirq: quiet\n  says us\n");
         let refused =
             Line { effect: Effect::Refused("managed".to_owned()), ..line("irq", "/proc/irq/9/x", None, "3") };
         let text = table(&[refused.clone(), refused]);

@@ -7,9 +7,8 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
-
-use nix::errno::Errno;
 
 use crate::topology::CoreSet;
 
@@ -163,25 +162,73 @@ impl Hierarchy {
         }
     }
 
-    /// Brings the calling thread in. Its process comes to the root of the hierarchy for that, if it is elsewhere.
+    /// The way in.
     ///
     /// # Errors
     /// The process may not.
-    pub fn join(&self) -> io::Result<()> {
-        let threads = self.folder().join(THREADS);
-        match write(&threads, "0") {
-            // Only a process of the root has threads in a threaded group below it.
-            Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
-                write(&self.0.join(PROCESSES), "0")?;
-                write(&threads, "0")
-            }
-            done => done,
-        }
+    fn door(&self) -> io::Result<Door> {
+        let open = |file: PathBuf| fs::OpenOptions::new().write(true).open(file);
+        Ok(Door {
+            cores: self.cores(),
+            threads: open(self.folder().join(THREADS))?,
+            processes: open(self.0.join(PROCESSES))?,
+        })
     }
 
     /// The partition's folder.
     pub fn folder(&self) -> PathBuf {
         self.0.join(NAME)
+    }
+}
+
+/// The way into a partition. It is found when a process asks which cores it can use, and serves threads that are started when the
+/// process can open no files any more.
+static KEPT: OnceLock<Option<Door>> = OnceLock::new();
+
+struct Door {
+    cores: CoreSet,
+    threads: fs::File,
+    processes: fs::File,
+}
+
+impl Door {
+    /// Brings the calling thread in. Its process comes to the root of the hierarchy for that, if it is elsewhere.
+    fn enter(&self) -> io::Result<()> {
+        let order = |mut file: &fs::File| file.write_all(b"0");
+        match order(&self.threads) {
+            // Only a process of the root has threads in a threaded group below it.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                order(&self.processes)?;
+                order(&self.threads)
+            }
+            done => done,
+        }
+    }
+}
+
+/// The cores of this machine's partition. Ask before the process is confined: the way in is kept open for its threads.
+pub(crate) fn cores_to_join() -> CoreSet {
+    let Some(groups) = Hierarchy::find(Path::new("/")) else { return CoreSet::default() };
+    let cores = groups.cores();
+    if !cores.is_empty() {
+        KEPT.get_or_init(|| groups.door().ok());
+    }
+    cores
+}
+
+/// Brings the calling thread in if `core` belongs to the partition.
+///
+/// # Errors
+/// The process may not; with the partition's folder.
+pub(crate) fn join(core: u32) -> Result<(), (PathBuf, io::Error)> {
+    let now = Hierarchy::find(Path::new("/")).filter(|groups| groups.cores().contains(core));
+    match (now, KEPT.get().and_then(Option::as_ref)) {
+        (Some(groups), _) => {
+            groups.door().and_then(|door| door.enter()).map_err(|error| (groups.folder(), error))
+        }
+        // What was there when files could be opened.
+        (None, Some(door)) if door.cores.contains(core) => door.enter().map_err(|error| (NAME.into(), error)),
+        _ => Ok(()),
     }
 }
 

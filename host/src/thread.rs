@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use core_affinity::CoreId;
 
-use crate::partition::Hierarchy;
+use crate::partition;
 use crate::topology::{self, CoreSet, TopologyError};
 
 /// Why a thread could not be pinned.
@@ -61,11 +61,7 @@ pub fn pin(core: u32) -> Result<(), PinError> {
     if core >= addressable || !online.contains(core) {
         return Err(PinError::NoSuchCore { core, online });
     }
-    let partition = Hierarchy::find(Path::new("/")).filter(|groups| groups.cores().contains(core));
-    if let Some(groups) = &partition {
-        let failed = |source| PinError::Partition { core, folder: groups.folder(), source };
-        groups.join().map_err(failed)?;
-    }
+    partition::join(core).map_err(|(folder, source)| PinError::Partition { core, folder, source })?;
     if core_affinity::set_for_current(CoreId { id: core as usize }) {
         return Ok(());
     }

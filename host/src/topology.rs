@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::{fs, io};
 
-use crate::partition::Hierarchy;
+use crate::partition;
 
 /// The most cores that a list may name: four times what Linux can be built for.
 const MAX_CORES: u32 = 32_768;
@@ -169,13 +169,12 @@ pub fn permitted_cores() -> Result<CoreSet, TopologyError> {
 /// # Errors
 /// [`TopologyError::Affinity`].
 pub fn usable_cores(root: &Path) -> Result<CoreSet, TopologyError> {
-    Ok(with_isolated(root, &permitted_cores()?))
+    let partition = partition::cores_to_join();
+    Ok(with_isolated(root, &permitted_cores()?).iter().chain(partition.iter()).collect())
 }
 
 fn with_isolated(root: &Path, permitted: &CoreSet) -> CoreSet {
-    let boot = boot_isolated_cores(root);
-    let partition = Hierarchy::find(root).map(|groups| groups.cores()).unwrap_or_default();
-    permitted.iter().chain(boot.iter()).chain(partition.iter()).collect()
+    permitted.iter().chain(boot_isolated_cores(root).iter()).collect()
 }
 
 /// The cores that the kernel took from the scheduler at its start (`isolcpus=`).

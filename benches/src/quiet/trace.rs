@@ -26,6 +26,9 @@ const EVENTS: [&str; 10] = [
     "sched/sched_migrate_task",
 ];
 
+/// What an instance is called, with the process behind it.
+const NAME: &str = "cableway-";
+
 /// What a core's buffer holds, in KiB: some 100,000 events.
 const BUFFER_KIB: u32 = 8_192;
 
@@ -53,7 +56,15 @@ impl Trace {
         });
         let hint = "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing";
         let tracefs = tracefs.ok_or_else(|| failed(io::Error::other(hint)))?;
-        let folder = tracefs.join(format!("instances/cableway-{}", std::process::id()));
+        // What was left by one who was killed goes on costing.
+        for entry in fs::read_dir(tracefs.join("instances")).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let pid = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u32>().ok());
+            if pid.is_some_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists()) {
+                drop(Self { folder: entry.path() });
+            }
+        }
+        let folder = tracefs.join(format!("instances/{NAME}{}", std::process::id()));
         fs::create_dir(&folder).map_err(failed)?;
         let trace = Self { folder };
         trace.arrange(cores).map_err(failed)?;
@@ -121,11 +132,12 @@ fn attribute(text: &str, times: &[(u64, u64)]) -> Vec<Vec<String>> {
                     "nothing of this kernel's (firmware, a hypervisor, the core's other thread)".to_owned(),
                 ];
             }
-            seen.iter()
-                .map(
-                    |(what, count)| if *count > 1 { format!("{what} x {count}") } else { (*what).to_owned() },
-                )
-                .collect()
+            let mut seen: Vec<_> = seen.into_iter().collect();
+            seen.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+            let told = |(what, count): (&str, u32)| {
+                if count > 1 { format!("{what} x {count}") } else { what.to_owned() }
+            };
+            seen.into_iter().map(told).collect()
         })
         .collect()
 }
@@ -181,7 +193,7 @@ mod tests {
     fn a_gap_is_told_with_whatever_happened_in_it() {
         let told = attribute(TRACE, &[(990, 1500), (4900, 5300), (6000, 7000)]);
         assert_eq!(told[0], ["softirq TIMER", "thread kworker/1:1", "thread quiet", "timer"]);
-        assert_eq!(told[1], ["interrupt 24 (eth0-rx-0)", "reschedule x 2"]);
+        assert_eq!(told[1], ["reschedule x 2", "interrupt 24 (eth0-rx-0)"]);
         assert!(told[2][0].starts_with("nothing of this kernel's"), "{told:?}");
     }
 

@@ -23,7 +23,7 @@ use crate::memory::{GuestMemory, GuestMemoryError};
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be read.
-    #[error("the {what} {}: {source}", path.display())]
+    #[error("the {what} {}: {source}{}", path.display(), way_out(source))]
     File {
         /// Which.
         what: &'static str,
@@ -87,6 +87,13 @@ pub enum BootError {
     /// Something does not fit the guest's memory.
     #[error(transparent)]
     Memory(#[from] GuestMemoryError),
+}
+
+fn way_out(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; cableway image makes a kernel and an initramfs to boot",
+        _ => "",
+    }
 }
 
 /// What a jump to the reset vector finds: `mov dx, port; mov al, value; out dx, al; hlt`, in 16-bit code. Where ACPI is

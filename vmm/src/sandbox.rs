@@ -239,7 +239,10 @@ fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, Backen
         numbers.iter().map(|n| Argument::Bits(1, TYPE_AND_NUMBER, KVM | n)).collect::<Vec<_>>()
     };
     let lists: &[&[c_long]] = match kind {
-        Main if !config.disk.is_empty() => &[calls::THREAD, calls::SERVICE, &[libc::SYS_clone3], OF_RINGS],
+        // All others have its filter, too: it lets everything pass that one of theirs does.
+        Main if !config.disk.is_empty() => {
+            &[calls::THREAD, calls::SERVICE, &[libc::SYS_clone3], OF_DISK, OF_RINGS]
+        }
         Main => &[calls::THREAD, calls::SERVICE, &[libc::SYS_clone3]],
         // The regions and configuration space of passed-through functions are files.
         Vcpu if passes => &[calls::THREAD, FILE_AT],
@@ -261,7 +264,7 @@ fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, Backen
             let terminal =
                 [libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TCSETS2, libc::TCSETSW2, libc::TCSETSF2];
             let terminal = is(&terminal);
-            let taps = is(&[libc::TUNSETIFF, libc::TUNSETVNETHDRSZ]);
+            let taps = is(&[libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD]);
             let requests = is(if passes { &vfio::REQUESTS } else { &[] });
             allowed
                 .when(libc::SYS_ioctl, &[terminal, taps, requests].concat())?

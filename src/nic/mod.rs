@@ -29,7 +29,8 @@ pub(crate) enum NicCommand {
     Unbind(UnbindArgs),
     /// Make virtual functions of a card, in place of those that there are.
     Vfs(VfsArgs),
-    /// Change what a virtual function may, as `ip link set … vf` does, or show it. For cards that a running switch has; its driver begins anew.
+    /// Change what a virtual function may, as `ip link set … vf` does, or show it: of a card that a running switch has (the function begins anew), or that
+    /// the kernel drives.
     Vf(vf::VfArgs),
 }
 
@@ -38,6 +39,9 @@ pub(crate) struct ListArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// The run directory of the switch that has cards, if one has [default: /run/cableway, or $XDG_RUNTIME_DIR/cableway when not root].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -87,7 +91,7 @@ pub(crate) struct VfsArgs {
 pub(crate) fn run(command: NicCommand) -> Result<ExitCode> {
     let root = Path::new("/");
     match command {
-        NicCommand::List(args) => show::list(root, args.json),
+        NicCommand::List(args) => show::list(root, &args),
         NicCommand::Info(args) => show::info(root, &args),
         NicCommand::Test(args) => selftest::run(root, &args),
         NicCommand::Bind(args) => bind_all(root, &args),

@@ -10,7 +10,8 @@ use host::pci::{self, Bdf, Function, bind};
 use serde::Serialize;
 use switch::control::report::CardReport;
 
-use super::{InfoArgs, look};
+use super::vf::{self, Shown};
+use super::{InfoArgs, ListArgs, look};
 use crate::output::{self, refuse};
 
 /// A card as JSON has it.
@@ -30,6 +31,8 @@ struct Card {
     physical_function: Option<String>,
     virtual_functions: Vec<String>,
     most_virtual_functions: Option<u16>,
+    /// What these may, as far as who has the card says.
+    vfs: Vec<Shown>,
     /// Whether a port can open it now.
     drivable: bool,
     /// What is to be done before.
@@ -58,7 +61,7 @@ struct Interface {
 }
 
 impl Card {
-    fn new(root: &Path, function: &Function) -> Self {
+    fn new(root: &Path, function: &Function, run_dir: &Path) -> Self {
         let texts = |list: &[Bdf]| list.iter().map(Bdf::to_string).collect();
         let obstacle = obstacle(root, function);
         let interface = |name: &String| Interface {
@@ -80,6 +83,7 @@ impl Card {
             physical_function: function.physical.map(|bdf| bdf.to_string()),
             virtual_functions: texts(&function.virtuals),
             most_virtual_functions: function.most_virtuals,
+            vfs: vf::all(function, run_dir),
             drivable: obstacle.is_none(),
             obstacle,
         }
@@ -121,10 +125,12 @@ fn or_dash(text: Option<impl ToString>) -> String {
 ///
 /// # Errors
 /// The list cannot be written.
-pub(super) fn list(root: &Path, json: bool) -> Result<ExitCode> {
+pub(super) fn list(root: &Path, args: &ListArgs) -> Result<ExitCode> {
     let functions = pci::list(root);
-    let cards: Vec<Card> = functions.iter().filter(|f| f.is_network()).map(|f| Card::new(root, f)).collect();
-    if json {
+    let run_dir = run_dir_of_client(args.run_dir.as_deref())?;
+    let cards = functions.iter().filter(|f| f.is_network()).map(|f| Card::new(root, f, &run_dir));
+    let cards: Vec<Card> = cards.collect();
+    if args.json {
         output::print(&(serde_json::to_string_pretty(&cards)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -151,7 +157,13 @@ pub(super) fn list(root: &Path, json: bool) -> Result<ExitCode> {
             card.obstacle.clone().unwrap_or_else(|| "ready".to_owned()),
         ]);
     }
-    output::print(&format!("{table}\n"))?;
+    let mut text = format!("{table}\n");
+    for card in &cards {
+        for shown in &card.vfs {
+            writeln!(text, " {} {}", card.bdf, vf::line(shown))?;
+        }
+    }
+    output::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -164,8 +176,8 @@ pub(super) fn info(root: &Path, args: &InfoArgs) -> Result<ExitCode> {
     let Some(function) = pci::find(root, bdf) else {
         return Ok(refuse(bind::BindError::Unknown(bdf)));
     };
-    let card = Card::new(root, &function);
     let run_dir = run_dir_of_client(args.run_dir.as_deref())?;
+    let card = Card::new(root, &function, &run_dir);
     let looked = look::look(root, &function, &run_dir, args.vf_token.as_deref());
     if args.json {
         let page = Page { card, looked: looked.card, registers_unread: looked.unread };
@@ -199,6 +211,9 @@ pub(super) fn info(root: &Path, args: &InfoArgs) -> Result<ExitCode> {
     if let Some(most) = card.most_virtual_functions {
         let now = card.virtual_functions.len();
         line("virtual functions", format!("{now} of {most} {}", card.virtual_functions.join(" ")))?;
+    }
+    for shown in &card.vfs {
+        line("", vf::line(shown))?;
     }
     line("for Cableway", card.obstacle.unwrap_or_else(|| "ready".to_owned()))?;
     if let Some(unread) = &looked.unread {

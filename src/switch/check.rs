@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use control::client;
 use host::topology;
-use switch::config::{Behind, Config, PortConfig, Side, ThisMachine};
+use switch::config::{Behind, Config, PortConfig, Side, ThisMachine, far_cards};
 use switch::control::{door, report::PortsReport};
 use switch::sandbox::files;
 
@@ -92,6 +92,9 @@ fn report(config: &Config, run_dir: &Path) -> Result<String> {
         ]);
     }
     writeln!(text, "{table}")?;
+    for far in far_cards(config, Path::new("/")) {
+        writeln!(text, "\nnote: {far}")?;
+    }
     Ok(text)
 }
 

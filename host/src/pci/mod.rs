@@ -4,6 +4,7 @@
 //! them can be driven is for who has drivers.
 
 pub mod bind;
+pub mod vf;
 
 use std::fmt;
 use std::fs;

@@ -9,6 +9,7 @@ mod feature;
 mod inject;
 mod keys;
 mod machine;
+mod nodes;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -23,6 +24,7 @@ pub use feature::{Feature, FeatureSet};
 pub use inject::{Inject, Share};
 pub use keys::vocabulary;
 pub use machine::{Decide, Surroundings, ThisMachine};
+pub use nodes::far_cards;
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Problems};
 pub use values::{Direction, Idle, PortKind, SocketSide};

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::*;
 
 /// A machine with cores 0 to 7, of which 6 and 7 are not ours, the group `kvm`, and a socket that answers.
-struct Lab;
+pub(super) struct Lab;
 
 impl Surroundings for Lab {
     fn core(&self, core: u32) -> Result<(), String> {

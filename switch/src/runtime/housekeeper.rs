@@ -16,7 +16,7 @@ use super::ports::{self, RunningPort};
 use super::{ApplyError, Shared, StartError};
 use crate::bridge::{Clock, MAX_PORTS, PlanError};
 use crate::capture::Before;
-use crate::config::{Behind, Config, PortConfig, VirtualFunction};
+use crate::config::{Behind, Config, PortConfig, VirtualFunction, far_cards};
 use crate::control::VfChange;
 use crate::control::report::ReloadReport;
 use crate::device_port::Cards;
@@ -86,6 +86,7 @@ impl Housekeeper {
         };
         this.shared.fdb.set_static(&ports::static_entries(&this.numbered()))?;
         this.publish()?;
+        this.tell_far_cards();
         Ok(this)
     }
 
@@ -123,6 +124,13 @@ impl Housekeeper {
     /// Ports with their numbers, as the configuration in force has them.
     fn numbered(&self) -> Vec<(u16, PortConfig)> {
         self.ports.iter().map(|p| (p.port.number(), p.config.clone())).collect()
+    }
+
+    /// Warns of cards that are polled from another memory node.
+    fn tell_far_cards(&self) {
+        for far in far_cards(&self.config, std::path::Path::new("/")) {
+            tracing::warn!("{far}");
+        }
     }
 
     fn clock(&self) -> Clock {
@@ -348,6 +356,7 @@ impl Housekeeper {
         report.switch_changed = self.config.switch != config.switch;
         self.config = config;
         self.publish().map_err(StartError::from)?;
+        self.tell_far_cards();
         for port in removed {
             self.shared.fdb.flush_port(port.port.number());
         }

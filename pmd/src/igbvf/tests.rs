@@ -24,16 +24,16 @@ fn each_wait_of_the_start_ends_with_register_wanted_and_got() {
     const VFU: u32 = 1 << 2;
     const PFSTS: u32 = 1 << 4;
     const ENABLE: u32 = 1 << 25;
-    let adapter = refused(&[(MAILBOX, RSTI, RSTI)]);
-    assert!(
-        adapter.starts_with("V2PMAILBOX.RSTI: wanted 0x0, read 0x40 for 300ms; nobody drives"),
-        "{adapter}"
-    );
-    assert_eq!(refused(&[(MAILBOX, VFU, 0)]), "V2PMAILBOX.VFU: wanted 0x4, read 0x0 for 2s");
-    assert_eq!(refused(&[(MAILBOX, PFSTS, 0)]), "V2PMAILBOX.PFSTS: wanted 0x10, read 0x0 for 2s");
-    // Answers to something else, without end.
-    let other = refused(&[(MAILBOX_MEMORY, u32::MAX, 0x8000_0007)]);
-    assert_eq!(other, "VMBMEM[0]: wanted 0x80000001, read 0x80000007 for 2s");
+    // An adapter that does not let it begin, one that takes and answers no message, and one that answers something else without end.
+    for (stuck, waited) in [
+        ((MAILBOX, RSTI, RSTI), "V2PMAILBOX.RSTI: wanted 0x0, read 0x40 for 300ms"),
+        ((MAILBOX, VFU, 0), "V2PMAILBOX.VFU: wanted 0x4, read 0x0 for 2s"),
+        ((MAILBOX, PFSTS, 0), "V2PMAILBOX.PFSTS: wanted 0x10, read 0x0 for 2s"),
+        ((MAILBOX_MEMORY, u32::MAX, 0x8000_0007), "VMBMEM[0]: wanted 0x80000001, read 0x80000007 for 2s"),
+    ] {
+        let told = refused(&[stuck]);
+        assert!(told.starts_with(&format!("{waited}; nobody drives")), "{told}");
+    }
     assert_eq!(refused(&[(0x3828, ENABLE, 0)]), "TXDCTL[0].ENABLE: wanted 0x2000000, read 0x0 for 100ms");
     assert_eq!(refused(&[(0x2828, ENABLE, 0)]), "RXDCTL[0].ENABLE: wanted 0x2000000, read 0x0 for 100ms");
 }

@@ -221,7 +221,9 @@ const TYPE_AND_NUMBER: u64 = 0xffff;
 
 /// What a running vCPU asks of KVM, by number (linux/kvm.h), the most frequent one first: to run; to raise an input of the I/O APIC;
 /// to tie eventfds to interrupts and to accesses, and interrupts to messages; to excuse a rest.
-const OF_VCPU: [u64; 6] = [0x80, 0x61, 0x76, 0x79, 0x6a, 0xad];
+const OF_VCPU: [u64; 6] = [0x80, RAISE, 0x76, 0x79, 0x6a, 0xad];
+/// To raise an input of the I/O APIC: what is typed at the serial port does, whoever brings it.
+const RAISE: u64 = 0x61;
 /// To move a region of a passed-through function.
 const MOVE_MEMORY: u64 = 0x46;
 
@@ -279,6 +281,7 @@ fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, Backen
             .when(libc::SYS_ioctl, &is(&vfio::REQUESTS))?
             .when(libc::SYS_ioctl, &of_kvm(&[&OF_VCPU[..], &[MOVE_MEMORY]].concat()))?,
         Tap => allowed.when(libc::SYS_ioctl, &is(&[libc::TUNSETOFFLOAD]))?,
+        Console | Control => allowed.when(libc::SYS_ioctl, &of_kvm(&[RAISE]))?,
         _ => allowed,
     };
     let no = |error: i32| Action::Errno(error.unsigned_abs());

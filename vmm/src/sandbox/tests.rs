@@ -96,6 +96,11 @@ fn each_kind_asks_devices_for_what_its_machine_has_and_nothing_else() {
         (Tap, "another tap", "", libc::TUNSETIFF, false),
         (Disk, "runs a guest", "", run, false),
         (Queue, "offloads", "", libc::TUNSETOFFLOAD, false),
+        // What is typed at the serial port, by the control socket or a terminal.
+        (Control, "raises an interrupt", "", KVM | RAISE, true),
+        (Console, "raises an interrupt", "", KVM | RAISE, true),
+        (Control, "makes a machine", "", create, false),
+        (Console, "runs a guest", "", run, false),
     ] {
         let end = confined(NAME, what, kind, keys, ioctl(request));
         check(end, if passes { said(ENOTTY) } else { KILLED }, &format!("{kind:?} {what}"));

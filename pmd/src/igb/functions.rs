@@ -9,8 +9,8 @@ use super::I82576;
 use super::mailbox;
 use super::message::{self, ACK, CLEAR_TO_SEND, CONTROL, KIND, MOST_GROUPS, NACK};
 use super::regs::{
-    CTRL_EXT, DTXSWC, MBVFICR, QDE, RAH2, RAL2, RLPML, RPLOLR, UTA, VFLRE, VFRE, VFTA, VFTE, VLVF, VMOLR,
-    VMVIR, VT_CTL,
+    CTRL_EXT, DTXSWC, MBVFICR, QDE, RAH2, RAL2, RLPML, RPLOLR, VFLRE, VFRE, VFTA, VFTE, VLVF, VMOLR, VMVIR,
+    VT_CTL,
 };
 use crate::access::{Bar, Bits, GONE, PciDevice, Regs};
 use crate::intel::regs::{MRQC, RAH, RAL, RCTL, STATUS};
@@ -384,11 +384,11 @@ impl intel::Functions for Functions {
         std::mem::take(&mut self.groups_changed)
     }
 
-    fn groups<B: Bar>(&self, regs: &Regs<B>, all_groups: bool, all: bool, table: &mut Groups) {
+    fn groups<B: Bar>(&self, regs: &Regs<B>, all: bool, table: &mut Groups) {
         if self.each.is_empty() {
             return;
         }
-        let takes_all = all_groups || self.each.iter().any(|f| f.all_groups);
+        let takes_all = all || self.each.iter().any(|f| f.all_groups);
         for hash in self.each.iter().flat_map(|f| &f.groups) {
             if let Some(word) = table.get_mut(usize::from(hash >> 5)) {
                 *word |= 1 << (hash & 31);
@@ -398,12 +398,6 @@ impl intel::Functions for Functions {
             *table = [u32::MAX; 128];
         }
         let when = |on: bool, bits: Bits<VMOLR>| if on { bits } else { Bits::new(0) };
-        // What a function sends to nobody's address leaves by the wire alone: the default pool is for what comes in there (datasheet
-        // 7.10.3.4, 7.10.3.6). With all hashes of the unicast table, the pools that heed it get a copy, which is the adapter's only:
-        // a switch behind it knows who else there is. An exact address comes first: what functions send each other stays there.
-        for word in 0..128 {
-            regs.write_number(UTA(word), if all { u32::MAX } else { 0 });
-        }
         regs.write(
             VMOLR(self.own()),
             VMOLR::STRCRC
@@ -412,8 +406,7 @@ impl intel::Functions for Functions {
                 | VMOLR::ROMPE
                 | VMOLR::LPE
                 | VMOLR::RLPML.is(self.longest)
-                | when(all_groups, VMOLR::MPME)
-                | when(all, VMOLR::ROPE)
+                | when(all, VMOLR::MPME)
                 | when(self.strips_tags, VMOLR::STRVLAN),
         );
     }

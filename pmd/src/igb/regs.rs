@@ -46,15 +46,12 @@ registers! {
     /// How pools share the device (8.10).
     VT_CTL @ 0x581C rw { 7..=9 => DEFAULT_POOL, 30 => REPLICATE }
     /// What pool `pool` receives (8.14).
-    VMOLR @ 0x5AD0 + 4 * pool[8] rw { 0..=13 => RLPML, 16 => LPE, 24 => AUPE, 25 => ROMPE, 26 => ROPE, 27 => BAM, 28 => MPME, 30 => STRVLAN,
+    VMOLR @ 0x5AD0 + 4 * pool[8] rw { 0..=13 => RLPML, 16 => LPE, 24 => AUPE, 25 => ROMPE, 27 => BAM, 28 => MPME, 30 => STRVLAN,
         31 => STRCRC }
     /// Of frames for several pools: no FCS.
     RPLOLR @ 0x5AF0 rw { 31 => STRCRC }
     /// The pools of a VLAN (8.14).
     VLVF @ 0x5D00 + 4 * entry[32] rw { 0..=11 => VLAN, 12..=19 => POOLS, 31 => VALID }
-
-    /// Unicast table: a bit for each of 4,096 hashes; frames of these go to pools with ROPE too, and still leave by the wire (8.10).
-    UTA @ 0xA000 + 4 * word[128] rw {}
 
     /// Longest frame that is received, with FCS (8.10).
     RLPML @ 0x5004 rw {}

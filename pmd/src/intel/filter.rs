@@ -17,8 +17,7 @@ impl<D: PciDevice, C: Physical> Adapter<D, C> {
             }
         }
         let all_groups = filter.promiscuous || filter.all_multicast;
-        let all = filter.promiscuous || filter.unicast.len() >= C::EXACT as usize;
-        self.functions.groups(regs, all_groups, all, &mut table);
+        self.functions.groups(regs, all_groups, &mut table);
         for (word, bits) in (0..).zip(table) {
             regs.write_number(MTA(word), bits);
         }
@@ -26,6 +25,7 @@ impl<D: PciDevice, C: Physical> Adapter<D, C> {
         for i in 1..C::EXACT {
             self.set_exact(i, addresses.next());
         }
+        let all = filter.promiscuous || addresses.next().is_some();
         let set = |on: bool, bits| if on { regs.set(RCTL, bits) } else { regs.clear(RCTL, bits) };
         set(all, RCTL::UPE);
         set(all_groups, RCTL::MPE);

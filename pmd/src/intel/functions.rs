@@ -30,9 +30,8 @@ pub trait Functions: Send + 'static {
         false
     }
 
-    /// Adds the groups that they take. `all_groups`: the adapter takes every one; `all`: every frame to anybody's own address, also of
-    /// those that its functions send.
-    fn groups<B: Bar>(&self, _: &Regs<B>, _all_groups: bool, _all: bool, _: &mut Groups) {}
+    /// Adds the groups that they take; `all`: the adapter takes every one.
+    fn groups<B: Bar>(&self, _: &Regs<B>, _all: bool, _: &mut Groups) {}
 }
 
 impl Functions for () {}

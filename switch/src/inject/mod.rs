@@ -1,6 +1,6 @@
 //! Faults on purpose: what a bad wire does to the frames of a port (`inject = { … }`), so that one can see who bears it.
 //!
-//! Owns, for each queue that frames come in on and for each port that they go out of, a [line](line) with copies of the frames that
+//! Owns, for each queue that frames come in on and for each port that they go out of, a [line](mod@line) with copies of the frames that
 //! are on it. A plan has only the ports that want faults ([`Injection`]): workers of a switch without any run the same
 //! instructions as if there were no such thing.
 

@@ -49,7 +49,9 @@ impl RunningPort {
             self.storm = storm_guard(&config.storm);
         }
         match (&self.lanes, &config.inject) {
-            (None, Some(inject)) => self.lanes = lanes(&config.name, inject, config.queue_pairs),
+            (None, Some(inject)) => {
+                self.lanes = Some(lanes(&config.name, inject, config.queue_pairs));
+            }
             (Some(lanes), Some(inject)) if self.config.inject.as_ref() != Some(inject) => {
                 warn(&config.name, inject);
                 lanes.change(inject);
@@ -97,9 +99,9 @@ impl Drop for RunningPort {
 }
 
 /// The lanes of a port whose frames are to suffer.
-fn lanes(name: &str, inject: &Inject, queues: u16) -> Option<Arc<Lanes>> {
+fn lanes(name: &str, inject: &Inject, queues: u16) -> Arc<Lanes> {
     warn(name, inject);
-    Some(Lanes::new(inject, queues))
+    Lanes::new(inject, queues)
 }
 
 fn warn(name: &str, inject: &Inject) {
@@ -179,7 +181,7 @@ pub(super) fn open(
     };
     let (storm, tried) = (storm_guard(&config.storm), Instant::now());
     let trace = trace(config, number, Before::Emptied)?;
-    let lanes = config.inject.as_ref().and_then(|inject| lanes(&config.name, inject, config.queue_pairs));
+    let lanes = config.inject.as_ref().map(|inject| lanes(&config.name, inject, config.queue_pairs));
     let config = config.clone();
     Ok(RunningPort { storm, config, port, lanes, ended: None, trace, _session: session, tried, told: None })
 }

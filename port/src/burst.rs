@@ -189,6 +189,14 @@ pub trait Release {
     fn dropped(&mut self, set: FrameSet, reason: DropReason);
 }
 
+/// Lends frames of the caller's own making, which nobody wants back.
+pub struct Nobody;
+
+impl Release for Nobody {
+    fn release(&mut self) {}
+    fn dropped(&mut self, _: FrameSet, _: DropReason) {}
+}
+
 /// Frames lent by a receive queue; released when dropped.
 pub struct Burst<'q> {
     queue: &'q mut dyn Release,

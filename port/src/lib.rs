@@ -12,7 +12,8 @@ mod offload;
 mod scratch;
 
 pub use burst::{
-    Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, MIN_FRAME, Release, Segment,
+    Burst, BurstBuffer, Frame, FrameSet, HEAD, Head, MAX_BURST, MAX_SEGMENTS, MIN_FRAME, Nobody, Release,
+    Segment,
 };
 pub use device::{PutError, Sink, Source};
 pub use drops::DropReason;

@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use port::{
-    Burst, BurstBuffer, DropReason, Frame, FrameSet, HEAD, Offload, PutError, Release, Scratch, Segment,
-    Sink, TagEdit, TxQueue,
+    Burst, BurstBuffer, DropReason, Frame, HEAD, Nobody, Offload, PutError, Scratch, Segment, Sink, TagEdit,
+    TxQueue,
 };
 use virtio::memory::copy::copy;
 
@@ -19,14 +19,6 @@ pub struct Single<Q> {
     counters: Arc<TransmitCounters>,
     buffer: BurstBuffer,
     scratch: Scratch,
-}
-
-/// Lends nothing that anybody wants back.
-struct Nobody;
-
-impl Release for Nobody {
-    fn release(&mut self) {}
-    fn dropped(&mut self, _: FrameSet, _: DropReason) {}
 }
 
 impl<Q: TxQueue> Single<Q> {

@@ -222,13 +222,7 @@ impl Capture {
 mod tests {
     use super::*;
     use pcap_file::pcapng::{Block, PcapNgReader};
-    use port::{BurstBuffer, DropReason, Frame, HEAD, Release};
-
-    struct Nobody;
-    impl Release for Nobody {
-        fn release(&mut self) {}
-        fn dropped(&mut self, _: FrameSet, _: DropReason) {}
-    }
+    use port::{BurstBuffer, Frame, HEAD, Nobody};
 
     /// A burst of copies of `bytes`, given to `capture` as frames of port 1.
     pub(super) fn take(capture: &Capture, bytes: &[u8], copies: usize, edit: TagEdit) {

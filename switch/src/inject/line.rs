@@ -229,14 +229,8 @@ impl Line {
 mod tests {
     use super::*;
     use crate::config::{Direction, Share};
-    use port::{Burst, FrameSet, Head, Offload, Release, TagEdit};
+    use port::{Burst, Head, Nobody, Offload, TagEdit};
     use std::time::Duration;
-
-    struct Nobody;
-    impl Release for Nobody {
-        fn release(&mut self) {}
-        fn dropped(&mut self, _: FrameSet, _: DropReason) {}
-    }
 
     fn take(
         line: &mut Line,

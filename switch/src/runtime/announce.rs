@@ -1,7 +1,7 @@
 //! Tells the network where a guest is now that has moved here: a reverse ARP request with its address, flooded like any other
 //! broadcast (vhost-user, VHOST_USER_SEND_RARP), so that every bridge on the way learns the new place.
 
-use port::{Burst, BurstBuffer, DropReason, FrameSet, HEAD, Head, Release, Scratch};
+use port::{Burst, BurstBuffer, HEAD, Head, Nobody, Scratch};
 
 use crate::bridge::{Clock, IngressState, Outputs};
 use crate::plan::Plan;
@@ -26,14 +26,6 @@ fn rarp(mac: [u8; 6]) -> [u8; LENGTH] {
     let bytes = parts.into_iter().flatten().copied();
     frame.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     frame
-}
-
-/// What becomes of a frame that no queue lent: nothing.
-struct Nobody;
-
-impl Release for Nobody {
-    fn release(&mut self) {}
-    fn dropped(&mut self, _: FrameSet, _: DropReason) {}
 }
 
 /// Floods a RARP of `mac` as if it came in on `port`. No guest sent it, so each one that goes out counts as a copy, of which

@@ -32,6 +32,8 @@ pub const NET_STATUS: u64 = 1 << 16;
 pub const NET_CTRL_VQ: u64 = 1 << 17;
 /// The driver says which frames it wants to receive.
 pub const NET_CTRL_RX: u64 = 1 << 18;
+/// The driver says more finely which frames it wants to receive.
+pub const NET_CTRL_RX_EXTRA: u64 = 1 << 20;
 /// The driver can announce itself with gratuitous packets.
 pub const NET_GUEST_ANNOUNCE: u64 = 1 << 21;
 /// The device has several queue pairs.

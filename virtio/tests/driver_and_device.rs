@@ -85,7 +85,7 @@ fn kind() -> impl Strategy<Value = Kind> {
         (0u32..8).prop_map(|bits| (Layout::Split, 1u16 << bits)),
         (1u16..130).prop_map(|size| (Layout::Packed, size)),
     ];
-    let direction = prop_oneof![Just(Direction::Read), Just(Direction::Write)];
+    let direction = prop_oneof![Just(Direction::Read), Just(Direction::Write), Just(Direction::Both)];
     (layout, direction, features).prop_map(|((layout, size), direction, bits)| {
         let packed = if layout == Layout::Packed { f::RING_PACKED } else { 0 };
         let features = bits.into_iter().fold(f::VERSION_1 | f::RING_INDIRECT_DESC | packed, |a, b| a | b);
@@ -113,6 +113,16 @@ fn step() -> impl Strategy<Value = Step> {
 struct Offered {
     token: u32,
     lens: Vec<u32>,
+    /// So many of them are for the device to read; the others it writes.
+    readable: usize,
+}
+
+impl Offered {
+    /// Bytes that the device reads, and bytes that it writes.
+    fn totals(&self) -> (u32, u32) {
+        let (read, written) = self.lens.split_at(self.readable);
+        (read.iter().sum(), written.iter().sum())
+    }
 }
 
 struct World {
@@ -216,20 +226,32 @@ impl World {
         (self.memory.start.wrapping_add(offset), GUEST + offset as u64)
     }
 
-    /// Fills a free buffer for an offer (a transmit ring); clears it on a receive ring.
-    fn prepare(&mut self, token: u32, lens: &[u32]) {
+    /// Fills what the device reads of a free buffer, and clears what it writes.
+    fn prepare(&mut self, token: u32, lens: &[u32]) -> Offered {
         self.salt += 1;
         self.content[token as usize] = self.salt;
-        let fill = self.kind.direction == Direction::Read;
-        for i in 0..lens.iter().sum::<u32>() {
-            let value = if fill { byte(self.salt, i) } else { 0 };
+        let readable = match self.kind.direction {
+            Direction::Read => lens.len(),
+            Direction::Write => 0,
+            Direction::Both => self.salt as usize % (lens.len() + 1),
+        };
+        let offered = Offered { token, lens: lens.to_vec(), readable };
+        let (read, written) = offered.totals();
+        for i in 0..read + written {
+            let value = if i < read { byte(self.salt, i) } else { 0 };
             // SAFETY: within the buffer: lengths add up to at most `BUFFER`.
             unsafe { self.at(token).0.add(i as usize).write(value) };
         }
+        offered
     }
 
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match step {
+            Step::Singles(lens) if self.kind.direction == Direction::Both => {
+                for len in lens {
+                    self.chain(&[*len], false)?;
+                }
+            }
             Step::Singles(lens) => self.singles(lens)?,
             Step::Chain { lens, indirect } => self.chain(lens, *indirect)?,
             Step::Publish => {
@@ -279,21 +301,18 @@ impl World {
         let mut buffers = Vec::new();
         for len in lens {
             let Some(token) = self.free.pop() else { break };
-            self.prepare(token, &[*len]);
-            buffers.push((token, *len));
+            buffers.push(self.prepare(token, &[*len]));
         }
         let free = usize::from(self.driver.free());
-        let singles: Vec<Single> = buffers
-            .iter()
-            .map(|(token, len)| Single { address: self.at(*token).1, len: *len, token: *token })
-            .collect();
+        let single = |o: &Offered| Single { address: self.at(o.token).1, len: o.lens[0], token: o.token };
+        let singles: Vec<Single> = buffers.iter().map(single).collect();
         let n = self.driver.offer(singles.into_iter());
         prop_assert_eq!(n, free.min(buffers.len()));
-        for (i, (token, len)) in buffers.into_iter().enumerate() {
+        for (i, offered) in buffers.into_iter().enumerate() {
             if i < n {
-                self.offered.push_back(Offered { token, lens: vec![len] });
+                self.offered.push_back(offered);
             } else {
-                self.free.push(token);
+                self.free.push(offered.token);
             }
         }
         Ok(())
@@ -301,7 +320,9 @@ impl World {
 
     fn chain(&mut self, lens: &[u32], indirect: bool) -> Result<(), TestCaseError> {
         let Some(token) = self.free.pop() else { return Ok(()) };
-        self.prepare(token, lens);
+        let offered = self.prepare(token, lens);
+        let request = self.kind.direction == Direction::Both;
+        let indirect = indirect && !request;
         let mut address = self.at(token).1;
         let mut pieces = Vec::new();
         for len in lens {
@@ -311,7 +332,10 @@ impl World {
         let free = usize::from(self.driver.free());
         let result = if indirect {
             self.driver.offer_indirect(&pieces, token)
+        } else if request {
+            self.driver.offer_request(&pieces, offered.readable, token)
         } else {
+            prop_assert_eq!(self.driver.offer_request(&pieces, 0, token), Err(OfferError::OneWay));
             self.driver.offer_chain(&pieces, token)
         };
         let needs = if indirect { 1 } else { lens.len() };
@@ -324,7 +348,7 @@ impl World {
         };
         prop_assert_eq!(result, want);
         match result {
-            Ok(()) => self.offered.push_back(Offered { token, lens: lens.to_vec() }),
+            Ok(()) => self.offered.push_back(offered),
             Err(_) => self.free.push(token),
         }
         Ok(())
@@ -349,7 +373,7 @@ impl World {
             let lens: Vec<u32> = pieces.iter().map(|(_, len)| *len).collect();
             prop_assert_eq!(&lens, &offered.lens);
             let salt = self.content[offered.token as usize];
-            let total: u32 = lens.iter().sum();
+            let (_, total) = offered.totals();
             match self.kind.direction {
                 Direction::Read => {
                     let mut j = 0;
@@ -368,9 +392,26 @@ impl World {
                     }
                 }
                 Direction::Write | Direction::Both => {
+                    // On a ring of both, what is to be read and what is to be written come apart.
+                    if self.kind.direction == Direction::Both {
+                        let (read, write) = with_ring!(&mut self.device, r => {
+                            let (read, write) = r.stock().request(0);
+                            (read.collect::<Vec<_>>(), write.collect::<Vec<_>>())
+                        });
+                        prop_assert_eq!(
+                            (read.len(), write.len()),
+                            (offered.readable, lens.len() - offered.readable)
+                        );
+                        let bytes =
+                            read.iter().flat_map(|b| (0..b.len as usize).map(|k| b.ptr.wrapping_add(k)));
+                        for (j, ptr) in (0..).zip(bytes) {
+                            // SAFETY: the device side checked the piece against the memory.
+                            prop_assert_eq!(unsafe { ptr.read() }, byte(salt, j));
+                        }
+                    }
                     let written = total * share / 100;
                     let mut j = 0;
-                    for (ptr, len) in pieces {
+                    for (ptr, len) in pieces.into_iter().skip(offered.readable) {
                         for k in 0..len.min(written - j.min(written)) {
                             // SAFETY: as above.
                             unsafe { ptr.add(k as usize).write(byte(salt, j)) };
@@ -395,9 +436,10 @@ impl World {
             prop_assert_eq!((token, len), (used.token, written));
             self.shown_used -= 1;
             let salt = self.content[token as usize];
+            let (read, _) = used.totals();
             for i in 0..len {
                 // SAFETY: the device wrote at most the buffer's length.
-                prop_assert_eq!(unsafe { self.at(token).0.add(i as usize).read() }, byte(salt, i));
+                prop_assert_eq!(unsafe { self.at(token).0.add((read + i) as usize).read() }, byte(salt, i));
             }
             self.free.push(token);
         }

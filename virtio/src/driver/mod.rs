@@ -69,8 +69,8 @@ pub struct IndirectTables {
 pub struct DriverSetup {
     /// Split or packed.
     pub layout: Layout,
-    /// Whether the device reads the buffers (transmit) or writes them (receive). A transmit ring may hold no writable
-    /// segments, a receive ring only such.
+    /// Whether the device reads the buffers (transmit), writes them (receive), or reads the first pieces of a chain and
+    /// writes the others (requests and their answers, [`DriverRing::offer_request`]).
     pub direction: Direction,
     /// Number of descriptors: for split rings a power of two, at most 32,768.
     pub size: u16,
@@ -133,6 +133,9 @@ pub enum OfferError {
     /// Indirect tables were not negotiated, or no memory was set aside for them.
     #[error("the ring has no indirect tables")]
     NoTables,
+    /// A request on a ring that the device only reads, or only writes.
+    #[error("the ring is not one of requests and their answers")]
+    OneWay,
 }
 
 /// What the device did wrong. The ring is of no use any more: reset the device.
@@ -260,7 +263,8 @@ impl DriverRing {
         })
     }
 
-    /// Offers buffers of one descriptor each, in order, as many as there are free descriptors for; returns how many.
+    /// Offers buffers of one descriptor each, in order, as many as there are free descriptors for; returns how many. For rings
+    /// that go one way.
     #[inline(always)]
     pub fn offer(&mut self, buffers: impl Iterator<Item = Single>) -> usize {
         either!(self, ring => ring.offer(buffers))
@@ -274,12 +278,21 @@ impl DriverRing {
         either!(self, ring => ring.offer_chain(pieces, token))
     }
 
-    /// Offers one buffer as an indirect table, which takes one descriptor of the ring.
+    /// Offers one buffer as an indirect table, which takes one descriptor of the ring. For rings that go one way.
     ///
     /// # Errors
     /// See [`OfferError`].
     pub fn offer_indirect(&mut self, pieces: &[Piece], token: u32) -> Result<(), OfferError> {
         either!(self, ring => ring.offer_indirect(pieces, token))
+    }
+
+    /// Offers one request: a chain in the ring whose first `readable` pieces the device reads, and whose others it writes
+    /// (section 2.6.4.2). For rings of [`Direction::Both`].
+    ///
+    /// # Errors
+    /// See [`OfferError`].
+    pub fn offer_request(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
+        either!(self, ring => ring.offer_request(pieces, readable, token))
     }
 
     /// Makes everything offered so far visible to the device. Returns whether the device wants to be notified of it.
@@ -289,7 +302,7 @@ impl DriverRing {
     }
 
     /// Takes back up to `max` buffers that the device has used: for each, `each` gets its token and the number of bytes
-    /// written (0 on a transmit ring). Writes nothing to shared memory.
+    /// written (0 on a transmit ring; of a request, those of its answer). Writes nothing to shared memory.
     ///
     /// # Errors
     /// The device broke the ring; buffers for which `each` was called are back.

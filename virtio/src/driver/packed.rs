@@ -13,7 +13,7 @@ use loom::sync::atomic::Ordering;
 use std::sync::atomic::Ordering;
 
 use super::area::{Area, full_fence};
-use super::split::{chain_len, total};
+use super::split::{chain_len, total, written};
 use super::{Batch, DriverFault, INDIRECT, NEXT, OfferError, Piece, Single, Slot, WRITE, word};
 use crate::device::Direction;
 use crate::event::need_event;
@@ -236,6 +236,23 @@ impl PackedDriver {
     /// # Errors
     /// See [`OfferError`].
     pub fn offer_chain(&mut self, pieces: &[Piece], token: u32) -> Result<(), OfferError> {
+        let readable = if self.direction == Direction::Write { 0 } else { pieces.len() };
+        self.chain(pieces, readable, token)
+    }
+
+    /// See [`super::DriverRing::offer_request`].
+    ///
+    /// # Errors
+    /// See [`OfferError`].
+    pub fn offer_request(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
+        if self.direction != Direction::Both {
+            return Err(OfferError::OneWay);
+        }
+        self.chain(pieces, readable, token)
+    }
+
+    /// Offers a chain whose first `readable` pieces the device reads; it writes the others.
+    fn chain(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
         let span = chain_len(pieces, self.avail.size)?;
         if span > self.free {
             return Err(OfferError::Full);
@@ -247,10 +264,11 @@ impl PackedDriver {
             let p = self.avail.advanced(i);
             let more = if i + 1 < span { NEXT } else { 0 };
             self.shared.set_address(p.at, piece.address);
-            let w = word(piece.len, id, self.flags | more | p.available());
+            let write = if usize::from(i) < readable { 0 } else { WRITE };
+            let w = word(piece.len, id, write | more | p.available());
             if i == 0 { self.show(p, w) } else { self.shared.set_word(p.at, w) }
         }
-        self.entered(id, Slot { token, writable: total(pieces), span });
+        self.entered(id, Slot { token, writable: total(written(pieces, readable)), span });
         Ok(())
     }
 
@@ -377,7 +395,7 @@ impl PackedDriver {
                     break;
                 }
             };
-            if self.direction == Direction::Write && len > slot.writable {
+            if self.direction != Direction::Read && len > slot.writable {
                 end = Err(DriverFault::UsedLen { id, len, capacity: slot.writable });
                 break;
             }
@@ -388,7 +406,7 @@ impl PackedDriver {
             if !self.in_order {
                 self.ids.push(id);
             }
-            each(token, if self.direction == Direction::Write { len } else { 0 });
+            each(token, if self.direction == Direction::Read { 0 } else { len });
             done += 1;
         }
         self.used = p;
@@ -407,7 +425,7 @@ impl PackedDriver {
                 break;
             }
             if p.at == id {
-                if self.direction == Direction::Write && len > slot.writable {
+                if self.direction != Direction::Read && len > slot.writable {
                     return Err(DriverFault::UsedLen { id, len, capacity: slot.writable });
                 }
                 self.batch = Batch { left: count, last_len: len };
@@ -427,7 +445,7 @@ impl PackedDriver {
         let token = slot.token;
         self.used = self.used.advanced(span);
         self.free += span;
-        (token, if self.direction == Direction::Write { written } else { 0 })
+        (token, if self.direction == Direction::Read { 0 } else { written })
     }
 
     /// See [`super::DriverRing::free`].

@@ -208,6 +208,23 @@ impl SplitDriver {
     /// # Errors
     /// See [`OfferError`].
     pub fn offer_chain(&mut self, pieces: &[Piece], token: u32) -> Result<(), OfferError> {
+        let readable = if self.direction == Direction::Write { 0 } else { pieces.len() };
+        self.chain(pieces, readable, token)
+    }
+
+    /// See [`super::DriverRing::offer_request`].
+    ///
+    /// # Errors
+    /// See [`OfferError`].
+    pub fn offer_request(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
+        if self.direction != Direction::Both {
+            return Err(OfferError::OneWay);
+        }
+        self.chain(pieces, readable, token)
+    }
+
+    /// Offers a chain whose first `readable` pieces the device reads; it writes the others.
+    fn chain(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
         let span = chain_len(pieces, self.shared.mask.saturating_add(1))?;
         if span > self.free {
             return Err(OfferError::Full);
@@ -217,10 +234,11 @@ impl SplitDriver {
         for (i, p) in (1..).zip(pieces) {
             let next = self.follower(at);
             let more = if i < span { NEXT } else { 0 };
-            self.shared.set_descriptor(at, p.address, p.len, self.flags | more, next);
+            let write = if usize::from(i) > readable { WRITE } else { 0 };
+            self.shared.set_descriptor(at, p.address, p.len, write | more, next);
             at = next;
         }
-        self.push(first, at, Slot { token, writable: total(pieces), span });
+        self.push(first, at, Slot { token, writable: total(written(pieces, readable)), span });
         Ok(())
     }
 
@@ -333,7 +351,7 @@ impl SplitDriver {
             _ => return Err(DriverFault::UsedId { id }),
         };
         let id = id as u16;
-        if self.direction == Direction::Write && len > slot.writable {
+        if self.direction != Direction::Read && len > slot.writable {
             return Err(DriverFault::UsedLen { id, len, capacity: slot.writable });
         }
         let span = std::mem::take(&mut slot.span);
@@ -350,7 +368,7 @@ impl SplitDriver {
             self.links[usize::from(last)] = self.head;
             self.head = id;
         }
-        Ok((token, if self.direction == Direction::Write { len } else { 0 }))
+        Ok((token, if self.direction == Direction::Read { 0 } else { len }))
     }
 
     /// Takes back the oldest buffer, whatever the device wrote about it (IN_ORDER). One is outstanding.
@@ -371,7 +389,7 @@ impl SplitDriver {
         for count in 1..=most {
             let slot = self.slots[usize::from(at)];
             if u32::from(at) == id {
-                if self.direction == Direction::Write && len > slot.writable {
+                if self.direction != Direction::Read && len > slot.writable {
                     return Err(DriverFault::UsedLen { id: at, len, capacity: slot.writable });
                 }
                 self.batch = Batch { left: count, last_len: len };
@@ -448,6 +466,11 @@ pub(super) fn chain_len(pieces: &[Piece], most: u16) -> Result<u16, OfferError> 
         Ok(n) if n > 0 && n <= most => Ok(n),
         _ => Err(OfferError::Pieces(pieces.len())),
     }
+}
+
+/// The pieces behind the first `readable`.
+pub(super) fn written(pieces: &[Piece], readable: usize) -> &[Piece] {
+    pieces.get(readable..).unwrap_or_default()
 }
 
 /// Bytes of all pieces.

@@ -327,8 +327,7 @@ pub(crate) fn driver(bytes: &[u8]) {
     let ring = unsafe {
         DriverRing::new(DriverSetup {
             layout: kind.layout,
-            // A driver's ring is of one direction.
-            direction: if kind.direction == Direction::Write { Direction::Write } else { Direction::Read },
+            direction: kind.direction,
             size: kind.size,
             features: kind.features,
             descriptors,
@@ -350,6 +349,9 @@ pub(crate) fn driver(bytes: &[u8]) {
         let pieces = [Piece { address: 0, len: 25 }; 4];
         let pieces = pieces.get(..usize::from(input.byte() % 5)).unwrap_or_default();
         let chained = match input.byte() % 2 {
+            0 if kind.direction == Direction::Both => {
+                ring.offer_request(pieces, usize::from(input.byte() % 5), next)
+            }
             0 => ring.offer_chain(pieces, next),
             _ => ring.offer_indirect(pieces, next),
         };

@@ -24,9 +24,9 @@ use crate::virtio_net::VirtioNet;
 pub struct OpenedAny {
     /// For housekeeping.
     pub nic: AnyNic,
-    /// As many as [`Options::queues`].
+    /// As there.
     pub receive: Vec<AnyReceive>,
-    /// As many as [`Options::queues`].
+    /// As many.
     pub transmit: Vec<AnyTransmit>,
 }
 

@@ -37,6 +37,10 @@ pub enum DeviceError {
     Features(u64),
     #[error("the virtio device has no queue {0}")]
     NoQueue(u16),
+    #[error(
+        "the virtio device does not carry out {order}: its control queue answers {answer:#x}, not 0x0 (VIRTIO_NET_OK)"
+    )]
+    NotDone { order: &'static str, answer: u8 },
     #[error("the virtio device asks for a reset (DEVICE_NEEDS_RESET), and was stopped; open it again")]
     NeedsReset,
     #[error("cannot set up a ring: {0}")]

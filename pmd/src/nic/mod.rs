@@ -38,7 +38,7 @@ pub type Mac = [u8; 6];
 /// How a card is used.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Pairs of a receive and a transmit queue, 1 to what the card has ([`Nic::QUEUES`]). Received frames are spread over them
+    /// Pairs of a receive and a transmit queue, 1 to what such a card can have ([`Nic::QUEUES`]). Received frames are spread over them
     /// by a hash of their addresses and ports, so that those of one flow stay in order.
     pub queues: u16,
     /// Descriptors of each receive ring: a power of two, 64 to 4,096.
@@ -149,9 +149,10 @@ pub trait TransmitQueue: TxQueue + Send + 'static {
 pub struct Opened<N: Nic> {
     /// For housekeeping.
     pub nic: N,
-    /// As many as [`Options::queues`].
+    /// As many as [`Options::queues`], or as the device has, where that is fewer and is a matter of who made the device
+    /// (virtio-net); the log says so then.
     pub receive: Vec<N::Receive>,
-    /// As many as [`Options::queues`].
+    /// As many.
     pub transmit: Vec<N::Transmit>,
 }
 

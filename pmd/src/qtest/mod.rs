@@ -10,7 +10,7 @@
 //! [`Machine::start`] runs `qemu-system-x86_64` with one device behind a PCI Express root port and no guest at all: its
 //! processor halts at its first instruction. [`Machine::function`] is the device, ready for a driver; [`Machine::space`] is
 //! where its memory is mapped; [`Wire`] is what its network socket is connected to; [`Machine::set_link`] and
-//! [`Machine::remove`] are faults. A register costs 50 µs to read and 2.4 µs to write (writes are not waited for): let the
+//! [`Machine::remove`] are faults. [`Machine::start_with_tap`] is for devices with several queues, which that socket has not. A register costs 50 µs to read and 2.4 µs to write (writes are not waited for): let the
 //! data path read none.
 //!
 //! QEMU's models are not the hardware: they never reorder, never lose a write, and check little of what a driver does wrong.
@@ -19,6 +19,7 @@ mod function;
 mod functions;
 mod protocol;
 mod qmp;
+mod tap;
 mod vectors;
 mod wire;
 
@@ -36,6 +37,7 @@ use protocol::{Qtest, Width};
 use qmp::Qmp;
 
 pub use function::{Function, Window};
+pub use tap::Tap;
 pub use wire::Wire;
 
 /// How long QEMU may take to start, and to answer.
@@ -96,11 +98,33 @@ impl Machine {
     /// # Errors
     /// See [`MachineError`].
     pub fn start(device: &str) -> Result<Self, MachineError> {
-        let folder = tempfile::tempdir().map_err(io_error("cannot make a folder for QEMU's sockets"))?;
+        let folder = folder()?;
+        let (host, qemu) = (folder.path().join("host"), folder.path().join("qemu"));
+        let wire = Wire::new(&host, &qemu)?;
+        let (host, qemu) = (host.display(), qemu.display());
+        let netdev =
+            format!("dgram,id=wire,local.type=unix,local.path={qemu},remote.type=unix,remote.path={host}");
+        let mut machine = Self::launch(device, &netdev, folder)?;
+        machine.wire = Some(wire);
+        Ok(machine)
+    }
+
+    /// The same with an interface of this host for a wire, which has `queues` queues: for devices with several. Takes root.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub fn start_with_tap(device: &str, queues: u16) -> Result<(Self, Tap), MachineError> {
+        let name = Tap::name();
+        let netdev = format!("tap,id=wire,ifname={name},script=no,downscript=no,queues={queues}");
+        let machine = Self::launch(device, &netdev, folder()?)?;
+        Ok((machine, Tap::new(&name)?))
+    }
+
+    /// Starts a machine with `device` on `netdev`.
+    fn launch(device: &str, netdev: &str, folder: tempfile::TempDir) -> Result<Self, MachineError> {
         let at = |name: &str| folder.path().join(name);
         let path = |name: &str| at(name).display().to_string();
         fs::write(at("bios"), halting_bios()).map_err(io_error("cannot write a BIOS"))?;
-        let wire = Wire::new(&at("host"), &at("qemu"))?;
         let errors = fs::File::create(at("errors")).map_err(io_error("cannot make a log for QEMU"))?;
 
         let mut process = Command::new("qemu-system-x86_64")
@@ -115,14 +139,7 @@ impl Machine {
                 "/dev/null",
             ])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
-            .args([
-                "-netdev",
-                &format!(
-                    "dgram,id=wire,local.type=unix,local.path={},remote.type=unix,remote.path={}",
-                    path("qemu"),
-                    path("host")
-                ),
-            ])
+            .args(["-netdev", netdev])
             .args([
                 "-device",
                 &format!("pcie-root-port,id=root,bus=pcie.0,addr={ROOT_PORT},chassis=1,slot=1"),
@@ -162,7 +179,7 @@ impl Machine {
         let function = Function::find(&shared, device);
         match function {
             Ok(function) => {
-                Ok(Self { shared, function: Arc::new(function), wire: Some(wire), process, _folder: folder })
+                Ok(Self { shared, function: Arc::new(function), wire: None, process, _folder: folder })
             }
             Err(e) => {
                 end(&mut process);
@@ -189,7 +206,7 @@ impl Machine {
         self.shared.clone()
     }
 
-    /// The other end of its network cable; there is one.
+    /// The other end of its network cable, once; none of a machine that was started with a tap.
     pub fn wire(&mut self) -> Option<Wire> {
         self.wire.take()
     }
@@ -218,6 +235,11 @@ impl Drop for Machine {
     fn drop(&mut self) {
         end(&mut self.process);
     }
+}
+
+/// For a machine's sockets.
+fn folder() -> Result<tempfile::TempDir, MachineError> {
+    tempfile::tempdir().map_err(io_error("cannot make a folder for QEMU's sockets"))
 }
 
 /// Ends QEMU. It has nothing to save.

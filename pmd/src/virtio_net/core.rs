@@ -78,69 +78,52 @@ impl<D: PciDevice<Bar: NarrowBar>> Drop for Core<D> {
     }
 }
 
-/// The memory of one ring.
-pub(super) struct RingMemory {
-    block: Block,
-    layout: Layout,
-    size: u16,
+/// A ring that no device uses yet.
+pub(super) struct NewRing {
+    pub(super) ring: DriverRing,
+    pub(super) size: u16,
+    /// Descriptors, driver area, device area, as the device knows them.
+    pub(super) areas: [u64; 3],
 }
 
-impl RingMemory {
-    pub(super) fn new(arena: &Arc<Arena>, layout: Layout, size: u16) -> Result<Arc<Self>, DeviceError> {
-        let mut memory = Self { block: Block::new(arena, 1)?, layout, size };
-        let [_, _, _, tables] = memory.offsets();
-        // The small block is given back for one of the right size.
-        memory.block = Block::new(arena, tables + memory.table_bytes())?;
-        Ok(Arc::new(memory))
-    }
-
-    fn table_bytes(&self) -> usize {
-        16 * MOST_PIECES * usize::from(self.size)
-    }
-
-    /// Where descriptors, driver area, device area and indirect tables begin, each in cache lines of its own.
-    fn offsets(&self) -> [usize; 4] {
-        let sizes = AreaSizes::of(self.layout, self.size);
+impl NewRing {
+    /// A ring of `size` descriptors, in memory of its own. One that the device only reads has indirect tables, if these were
+    /// negotiated.
+    pub(super) fn new(
+        arena: &Arc<Arena>,
+        negotiated: u64,
+        direction: Direction,
+        size: u16,
+    ) -> Result<Self, DeviceError> {
+        let packed = negotiated & features::RING_PACKED != 0;
+        let layout = if packed { Layout::Packed } else { Layout::Split };
+        let with_tables = direction == Direction::Read && negotiated & features::RING_INDIRECT_DESC != 0;
+        let table_bytes = if with_tables { 16 * MOST_PIECES * usize::from(size) } else { 0 };
+        // Each in cache lines of its own.
+        let sizes = AreaSizes::of(layout, size);
         let driver = sizes.descriptors.next_multiple_of(64);
         let device = (driver + sizes.driver).next_multiple_of(64);
-        [0, driver, device, (device + sizes.device).next_multiple_of(64)]
-    }
-
-    /// Descriptors, driver area, device area, as the device knows them.
-    pub(super) fn areas(&self) -> [u64; 3] {
-        let [a, b, c, _] = self.offsets();
-        [a, b, c].map(|offset| self.block.iova() + offset as u64)
-    }
-
-    /// The driver side of the ring, on memory that is zeroed and that no device uses yet.
-    pub(super) fn ring(
-        self: &Arc<Self>,
-        direction: Direction,
-        negotiated: u64,
-    ) -> Result<DriverRing, DeviceError> {
-        let sizes = AreaSizes::of(self.layout, self.size);
+        let tables = (device + sizes.device).next_multiple_of(64);
+        let block = Arc::new(Block::new(arena, tables + table_bytes)?);
         let range = |offset: usize, len| HostRange {
-            ptr: self.block.ptr().wrapping_add(offset),
+            ptr: block.ptr().wrapping_add(offset),
             len,
-            guest: self.block.iova() + offset as u64,
+            guest: block.iova() + offset as u64,
         };
-        let [descriptors, driver, device, tables] = self.offsets();
-        let indirect = (negotiated & features::RING_INDIRECT_DESC != 0).then(|| IndirectTables {
-            range: range(tables, self.table_bytes()),
-            entries: MOST_PIECES as u16,
-        });
+        let indirect = IndirectTables { range: range(tables, table_bytes), entries: MOST_PIECES as u16 };
         let setup = DriverSetup {
-            layout: self.layout,
+            layout,
             direction,
-            size: self.size,
+            size,
             features: negotiated,
-            descriptors: range(descriptors, sizes.descriptors),
+            descriptors: range(0, sizes.descriptors),
             driver: range(driver, sizes.driver),
             device: range(device, sizes.device),
-            indirect,
-            mapping: self.clone(),
+            indirect: with_tables.then_some(indirect),
+            mapping: block.clone(),
         };
+        let areas = [0, driver, device].map(|offset| block.iova() + offset as u64);
         // SAFETY: the areas lie apart in the block, which `mapping` keeps and nobody else has; no device runs on it yet.
-        Ok(unsafe { DriverRing::new(setup) }?)
+        Ok(Self { ring: unsafe { DriverRing::new(setup) }?, size, areas })
     }
 }

@@ -64,6 +64,7 @@ struct Place {
 pub(super) struct Registers<B> {
     common: (B, u32),
     device: (B, u32),
+    device_len: u32,
     notify: (B, u32),
     notify_len: u32,
     multiplier: u32,
@@ -112,9 +113,11 @@ impl<B: NarrowBar> Registers<B> {
             Ok(((device.bar(bar, end.ok_or_else(|| no_bar(bar, least))?)?, offset), len))
         };
         let (notify, notify_len) = open(NOTIFY, 2)?;
+        let (device, device_len) = open(DEVICE, 8)?;
         Ok(Self {
             common: open(COMMON, common::BYTES)?.0,
-            device: open(DEVICE, 8)?.0,
+            device,
+            device_len,
             notify,
             notify_len,
             multiplier,
@@ -239,9 +242,9 @@ impl<B: NarrowBar> Registers<B> {
         self.device.0.read8(self.device.1 + offset)
     }
 
-    /// Sixteen bits of it.
+    /// Sixteen bits of it; zero where it has no such field.
     pub(super) fn device16(&self, offset: u32) -> u16 {
-        self.device.0.read16(self.device.1 + offset)
+        if offset + 2 > self.device_len { 0 } else { self.device.0.read16(self.device.1 + offset) }
     }
 
     /// Lets time pass.
@@ -292,7 +295,7 @@ mod tests {
 
     fn registers(told: Told) -> Registers<Told> {
         let (common, device) = ((told.clone(), 0), (told.clone(), 0x100));
-        Registers { common, device, notify: (told, 0x200), notify_len: 16, multiplier: 4 }
+        Registers { common, device, device_len: 64, notify: (told, 0x200), notify_len: 16, multiplier: 4 }
     }
 
     #[test]

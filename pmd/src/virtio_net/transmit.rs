@@ -191,7 +191,9 @@ impl<D: PciDevice<Bar: NarrowBar>> Transmit<D> {
             chain.go_home(view);
             return Err(match e {
                 OfferError::Full => DropReason::ReceiverFull,
-                OfferError::Pieces(_) | OfferError::NoTables => DropReason::ReceiverTooSmall,
+                OfferError::Pieces(_) | OfferError::NoTables | OfferError::OneWay => {
+                    DropReason::ReceiverTooSmall
+                }
             });
         }
         self.under_way.free.pop();

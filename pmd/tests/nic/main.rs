@@ -8,5 +8,6 @@ mod adapters;
 mod frames;
 mod functions;
 mod interrupts;
+mod multiqueue;
 mod queues;
 mod selftest;

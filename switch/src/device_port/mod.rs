@@ -105,6 +105,8 @@ impl DevicePort {
         let shared = &self.shared;
         // Before a worker can find the device gone again.
         shared.broken.store(false, Ordering::Release);
+        // A device may have fewer than were wanted, and said so: frames are sent by those that there are.
+        let active = queues.len().min(self.tx.len());
         for ((live, receiving, sink), (rx, tx)) in queues.into_iter().zip(self.rx.iter().zip(&self.tx)) {
             let mut state = rx.state.take();
             (state.ring, state.likely) = (Some(receiving), u16::MAX);
@@ -113,7 +115,7 @@ impl DevicePort {
             rx.node.store(node.map_or(0, |node| node + 1), Ordering::Relaxed);
             *tx.ring.take() = Some(Sending::new(sink, features));
         }
-        shared.active.store(self.tx.len() as u16, Ordering::Release);
+        shared.active.store(active as u16, Ordering::Release);
         shared.change_info(|info| info.features = features);
         // Up when it has a link, where housekeeping looks for that.
         let looked_at = card.is_some() || xdp.is_some();

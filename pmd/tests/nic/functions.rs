@@ -13,7 +13,7 @@ use pmd::nic::{DeviceError, Filter, Mac, Nic, Opened, Options, ReceiveQueue, Tra
 use pmd::qtest::{Function, Machine, Wire};
 use port::{BurstBuffer, Offload, RxQueue, Scratch, TagEdit};
 
-use crate::frames::{Pattern, Source, gather, next, until};
+use crate::frames::{PATIENCE, Pattern, Source, gather, next, until};
 
 const OWN: Mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const FIRST: Mac = [0x16, 0x54, 0, 0x12, 0x34, 0x56];
@@ -40,7 +40,7 @@ impl Adapter {
         let arena = Arena::new(ArenaOptions::default(), machine.space()).unwrap();
         let options = Options { mtu: 9000, ..Options::default() };
         let mut opened = Igb::open(machine.function(), &arena, options).unwrap();
-        opened.nic.wait_for_link(Duration::from_secs(5)).unwrap();
+        opened.nic.wait_for_link(PATIENCE).unwrap();
         let (receive, transmit) = (opened.receive.pop().unwrap(), opened.transmit.pop().unwrap());
         let nic = Arc::new(Mutex::new(opened.nic));
         let end = Arc::new(AtomicBool::new(false));
@@ -68,7 +68,7 @@ impl Adapter {
     /// Opens it, with a link.
     fn opened(&self, number: usize) -> Opened<Igbvf<Function>> {
         let mut function = self.open(number).unwrap();
-        function.nic.wait_for_link(Duration::from_secs(5)).unwrap();
+        function.nic.wait_for_link(PATIENCE).unwrap();
         function
     }
 }

@@ -11,7 +11,7 @@ use pmd::virtio_net::VirtioNet;
 use port::{BurstBuffer, RxQueue};
 
 use crate::adapters::udp;
-use crate::frames::until;
+use crate::frames::{PATIENCE, until};
 
 /// Sleeps, is woken, polls and sleeps again, as an idle worker does.
 fn a_queue_that_is_armed_is_told_of_the_next_frame_and_one_that_is_polled_is_not<
@@ -25,7 +25,7 @@ fn a_queue_that_is_armed_is_told_of_the_next_frame_and_one_that_is_polled_is_not
     let function = machine.function();
     assert!(function.listen().unwrap() > 1);
     let mut opened = N::open(function.clone(), &arena, Options::default()).unwrap();
-    opened.nic.wait_for_link(Duration::from_secs(5)).unwrap();
+    opened.nic.wait_for_link(PATIENCE).unwrap();
     let queue = &mut opened.receive[0];
     let vector = queue.vector().expect("it has an interrupt");
     let mut buffer = BurstBuffer::default();

@@ -1,7 +1,6 @@
 //! Several queues of one card: frames are spread over them by flow, and each can be sent on.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use pmd::dma::{Arena, ArenaOptions};
 use pmd::igb::Igb;
@@ -10,7 +9,7 @@ use pmd::qtest::{Function, Machine};
 use port::{BurstBuffer, Offload, RxQueue, Scratch, TagEdit, TxQueue};
 
 use crate::adapters::udp;
-use crate::frames::{Source, gather, next, until};
+use crate::frames::{PATIENCE, Source, gather, next, until};
 
 const QUEUES: u16 = 4;
 const FLOWS: u16 = 64;
@@ -24,7 +23,7 @@ fn frames_of_a_flow_come_in_by_one_queue_in_order_and_flows_by_all_queues() {
     let arena = Arena::new(ArenaOptions::default(), machine.space()).unwrap();
     let options = Options { queues: QUEUES, ..Options::default() };
     let mut card = Igb::<Function>::open(machine.function(), &arena, options).unwrap();
-    card.nic.wait_for_link(Duration::from_secs(5)).unwrap();
+    card.nic.wait_for_link(PATIENCE).unwrap();
 
     // Which queue a flow came by, and how many of its frames.
     let mut flows: BTreeMap<u16, (usize, u8)> = BTreeMap::new();

@@ -157,6 +157,17 @@ impl Scratch {
     pub fn new<R: Readable + Writable>(register: R, bits: u32) -> Self {
         Self { name: R::NAME, index: register.index(), offset: register.offset(), bits }
     }
+
+    /// `bits` of each register `name` of `table`.
+    pub fn all(table: &[Entry], name: &str, bits: u32) -> impl Iterator<Item = Self> {
+        table.iter().filter(move |entry| entry.name == name).flat_map(move |entry| {
+            let &Entry { name, base, stride, count, .. } = entry;
+            (0..count.max(1)).map(move |i| {
+                let index = (count > 0).then_some(i);
+                Self { name, index, offset: base + stride * i, bits }
+            })
+        })
+    }
 }
 
 /// A register that may be read.

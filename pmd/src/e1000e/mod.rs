@@ -4,7 +4,7 @@ mod regs;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Entry, Regs, Scratch, WaitError, Writable};
+use crate::access::{Bar, Entry, Regs, WaitError, Writable};
 use crate::intel::regs::{CTRL, EEC, MRQC, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, INSERT_TAG, Physical, RESET_LIMIT};
 use crate::nic::{DeviceError, Options};
@@ -25,6 +25,7 @@ impl Card for I82574 {
     /// Datasheet 10.1.
     const BAR_BYTES: u32 = 128 << 10;
     const TABLE: &'static [Entry] = regs::TABLE;
+    const RING_ALIGN: u32 = 16;
     /// CRC or alignment (CE), symbol (SE), sequence (SEQ), carrier extension (CXE), data (RXE).
     const DAMAGED: u64 = 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 31;
     /// IXSM.
@@ -60,20 +61,6 @@ impl Card for I82574 {
     fn raise<B: Bar>(regs: &Regs<B>, _: u32) {
         regs.write(ICS, ICS::RXQ0);
         regs.flush(STATUS);
-    }
-
-    fn scratch() -> Vec<Scratch> {
-        let queues = (0..2).flat_map(|q| {
-            [
-                Scratch::new(RDBAL(q), 0xffff_fff0),
-                Scratch::new(RDBAH(q), u32::MAX),
-                Scratch::new(RDLEN(q), 0xf_ff80),
-                Scratch::new(TDBAL(q), 0xffff_fff0),
-                Scratch::new(TDBAH(q), u32::MAX),
-                Scratch::new(TDLEN(q), 0xf_ff80),
-            ]
-        });
-        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, _: u32) {

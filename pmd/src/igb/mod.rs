@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Entry, Regs, Scratch, WaitError, Writable};
+use crate::access::{Bar, Entry, Regs, WaitError, Writable};
 use crate::intel::regs::{EEC, MRQC, RXCSUM, STATUS};
 use crate::intel::{self, Adapter, Ask, CHECKSUM, Card, Checksum, Functions as _, INSERT_TAG, Physical};
 use crate::nic::{DeviceError, Options};
@@ -55,6 +55,7 @@ impl Card for I82576 {
     /// Datasheet 8.1: 128 KiB.
     const BAR_BYTES: u32 = 128 << 10;
     const TABLE: &'static [Entry] = regs::TABLE;
+    const RING_ALIGN: u32 = 128;
     /// Data (RXE), of the extended errors (datasheet 7.1.5).
     const DAMAGED: u64 = 1 << 31;
     /// None: bit 2 is reserved.
@@ -81,20 +82,6 @@ impl Card for I82576 {
     fn raise<B: Bar>(regs: &Regs<B>, queue: u32) {
         regs.write_number(EICS, 1 << Self::vector(queue));
         regs.flush(STATUS);
-    }
-
-    fn scratch() -> Vec<Scratch> {
-        let queues = (0..16).flat_map(|q| {
-            [
-                Scratch::new(RDBAL(q), 0xffff_ff80),
-                Scratch::new(RDBAH(q), u32::MAX),
-                Scratch::new(RDLEN(q), 0xf_ff80),
-                Scratch::new(TDBAL(q), 0xffff_ff80),
-                Scratch::new(TDBAH(q), u32::MAX),
-                Scratch::new(TDLEN(q), 0xf_ff80),
-            ]
-        });
-        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use port::{DropReason, Head};
 
-use crate::access::{Bar, Entry, PciDevice, Reading, Regs, Scratch, WaitError, Writable};
+use crate::access::{Bar, Entry, PciDevice, Reading, Regs, WaitError, Writable};
 use crate::dma::{Arena, Pool};
 use crate::igb::I82576;
 use crate::igb::message::{self, ACK};
@@ -41,6 +41,7 @@ impl Card for I82576Vf {
     /// Datasheet 8.26: 16 KiB.
     const BAR_BYTES: u32 = 16 << 10;
     const TABLE: &'static [Entry] = regs::TABLE;
+    const RING_ALIGN: u32 = 128;
     const DAMAGED: u64 = I82576::DAMAGED;
     const IGNORE_CHECKSUM: u64 = I82576::IGNORE_CHECKSUM;
     const RECEIVE_ERRORS: [&'static str; 8] = I82576::RECEIVE_ERRORS;
@@ -65,20 +66,6 @@ impl Card for I82576Vf {
     fn raise<B: Bar>(regs: &Regs<B>, queue: u32) {
         regs.write_number(VTEICS, 1 << Self::vector(queue));
         regs.flush(STATUS);
-    }
-
-    fn scratch() -> Vec<Scratch> {
-        let queues = (0..2).flat_map(|q| {
-            [
-                Scratch::new(RDBAL(q), 0xffff_ff80),
-                Scratch::new(RDBAH(q), u32::MAX),
-                Scratch::new(RDLEN(q), 0xf_ff80),
-                Scratch::new(TDBAL(q), 0xffff_ff80),
-                Scratch::new(TDBAH(q), u32::MAX),
-                Scratch::new(TDLEN(q), 0xf_ff80),
-            ]
-        });
-        queues.collect()
     }
 
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32) {

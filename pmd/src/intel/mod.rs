@@ -52,6 +52,8 @@ pub trait Card: Send + Sync + 'static {
     const BAR_BYTES: u32;
     /// Its own registers.
     const TABLE: &'static [Entry];
+    /// Where rings begin: a multiple of so many bytes.
+    const RING_ALIGN: u32;
     /// Bits of a receive descriptor's second word that make a frame no frame.
     const DAMAGED: u64;
     /// The bit of it that says that checksums are to be ignored, if the card has one.
@@ -72,8 +74,20 @@ pub trait Card: Send + Sync + 'static {
     /// That interrupt's cause, without a frame.
     fn raise<B: Bar>(regs: &Regs<B>, queue: u32);
 
-    /// Its registers that may hold anything while it is stopped.
-    fn scratch() -> Vec<Scratch>;
+    /// Its registers that may hold anything while it is stopped: where its rings are, and how long.
+    fn scratch() -> Vec<Scratch> {
+        let low = 0u32.wrapping_sub(Self::RING_ALIGN);
+        let (high, len) = (u32::MAX, 0xf_ff80);
+        let names = [
+            ("RDBAL", low),
+            ("RDBAH", high),
+            ("RDLEN", len),
+            ("TDBAL", low),
+            ("TDBAH", high),
+            ("TDLEN", len),
+        ];
+        names.into_iter().flat_map(|(name, bits)| Scratch::all(Self::TABLE, name, bits)).collect()
+    }
 
     /// It does not come any more.
     fn disarm<B: Bar>(regs: &Regs<B>, queue: u32);

@@ -146,6 +146,13 @@ fn an_82576_whose_eeprom_is_never_read_works_by_its_defaults() {
 }
 
 #[test]
+fn registers_that_may_hold_anything_are_those_of_all_rings() {
+    let counts =
+        [I82574::scratch(), I82576::scratch(), crate::igbvf::I82576Vf::scratch()].map(|all| all.len());
+    assert_eq!(counts, [6 * 2, 6 * 16, 6 * 2]);
+}
+
+#[test]
 fn what_keeps_a_device_from_falling_quiet_is_told() {
     let (space, _) = space_and_arena();
     let card = Standin::new(&space, I82576::IDS[0]);

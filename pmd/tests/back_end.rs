@@ -112,7 +112,14 @@ impl World {
 }
 
 fn options(layout: Layout) -> Options {
-    Options { layout, queue_size: 64, buffers: 1024, pages: Pages::Ordinary, ..Options::default() }
+    Options {
+        layout,
+        queue_size: 64,
+        buffers: 1024,
+        pages: Pages::Ordinary,
+        timeout: Duration::from_secs(60),
+        ..Options::default()
+    }
 }
 
 /// Numbered frames, sent and expected back.
@@ -161,7 +168,7 @@ impl Flow {
 }
 
 fn gone(device: &VirtioUser) {
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(60);
     while device.connected() {
         assert!(Instant::now() < end, "still connected");
         std::thread::sleep(Duration::from_millis(1));

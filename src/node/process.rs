@@ -117,7 +117,7 @@ mod tests {
         assert!(!Identity { started: identity.started + 1, ..identity }.is_alive());
         let handle = identity.open().unwrap();
         assert!(!handle.has_ended(Duration::from_millis(1)));
-        assert!(!handle.end(Duration::from_secs(10)));
+        assert!(!handle.end(Duration::from_secs(60)));
         assert!(!identity.is_alive(), "a zombie is not alive");
         child.wait().unwrap();
         assert!(!identity.is_alive());

@@ -105,7 +105,7 @@ mod tests {
         kick.watch(&sleeper);
         for _ in 0..3 {
             front.write(1).unwrap();
-            assert!(slept(&sleeper, 2_000) < Duration::from_millis(1_000));
+            assert!(slept(&sleeper, 60_000) < Duration::from_secs(50));
         }
         assert!(slept(&sleeper, 20) >= Duration::from_millis(19), "no kick, no waking");
     }

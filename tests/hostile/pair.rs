@@ -16,8 +16,9 @@ const WINDOW: u64 = 32;
 /// Bytes of a frame.
 const LEN: usize = 300;
 
-/// The longest that the pair may wait for a frame while nobody is meant to notice anything. The machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest that the pair may wait for a frame while nobody is meant to notice anything. The machine may stand still for seconds;
+/// a worker that an attacker holds, it holds until the session ends.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Of frames that are none of the pair's business (there should be none).
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
@@ -49,6 +50,7 @@ impl Pair {
             mac: [2, 0, 0, 0, 0, mac],
             buffers: 1_024,
             pages: Pages::Ordinary,
+            timeout: Duration::from_secs(60),
             ..Options::default()
         };
         let mut sender = VirtioUser::open(from, options(0xa)).unwrap();

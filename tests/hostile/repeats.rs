@@ -211,7 +211,7 @@ fn breaks() -> Vec<Break> {
 /// Waits until an eventfd is signalled.
 fn is_signalled(event: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(event.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::try_from(Duration::from_secs(5)).unwrap()) == Ok(1)
+    poll(&mut fds, PollTimeout::try_from(Duration::from_secs(60)).unwrap()) == Ok(1)
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn a_front_end_that_writes_byte_by_byte_or_stops_halfway_delays_only_itself() {
     assert!(slow.answer(M::GET_FEATURES).is_some());
     // Control answers meanwhile, and other sessions begin and end.
     world.wait_for_state("h1", "connected");
-    stuck.stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stuck.stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert!(stuck.is_closed(), "half a message is not waited for for ever");
     world.wait_for_reason("h1", "unfinished");
     drop((slow, stuck));

@@ -2,8 +2,6 @@
 //!
 //! Owns the cables: an interface that is deleted goes at once, where a namespace that ends takes its own along only some time later.
 
-use std::time::Duration;
-
 use super::namespaces::{Namespace, run, try_run};
 use super::switch::Switch;
 
@@ -59,8 +57,7 @@ impl Pair {
 
     /// Bits a second of TCP from `a` to `b`.
     pub(crate) fn tcp(&self, options: &str) -> f64 {
-        let _server = self.b.start("iperf3 --server --one-off");
-        std::thread::sleep(Duration::from_millis(300));
+        let _server = self.b.iperf3_server();
         self.a.iperf3(B, 2, options)
     }
 }

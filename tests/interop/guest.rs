@@ -214,11 +214,11 @@ fn text(bytes: &[u8]) -> String {
 
 fn accept(listener: &UnixListener, qemu: &mut Child, log: &Path) -> UnixStream {
     listener.set_nonblocking(true).unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(60);
     loop {
         if let Ok((stream, _)) = listener.accept() {
             stream.set_nonblocking(false).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             return stream;
         }
         let ended = qemu.try_wait().unwrap().is_some();

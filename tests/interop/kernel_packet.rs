@@ -13,8 +13,7 @@ fn tcp_crosses_two_packet_sockets_in_large_frames_both_ways() {
         let pair = Pair::with(&format!("idle = \"{idle}\""), "af_packet", "", Cable::Plain);
         let (there, back) = (pair.tcp(""), pair.tcp("--reverse"));
         println!("idle = {idle}: {:.2} Gbit/s there, {:.2} Gbit/s back", there / 1e9, back / 1e9);
-        std::thread::sleep(Duration::from_millis(100));
-        let stats = pair.switch.json("stats");
+        let stats = pair.switch.settled();
         conserved(&stats);
         assert_eq!(sum(&stats, "b", "tx", "segments"), 0, "nothing is cut for the kernel");
         let average = sum(&stats, "a", "rx", "bytes") / sum(&stats, "a", "rx", "received");
@@ -46,7 +45,6 @@ fn an_interface_that_goes_down_or_away_stops_its_port_until_it_is_back() {
     drop(flood);
     pair.a.run("ip neigh flush all");
     pair.a.waits_for(B);
-    std::thread::sleep(Duration::from_millis(300));
-    conserved(&pair.switch.json("stats"));
+    conserved(&pair.switch.settled());
     assert!(pair.switch.is_running());
 }

@@ -41,13 +41,12 @@ impl Pair {
 
     /// TCP from a to b, while an iperf3 server runs there; bits a second.
     fn tcp(&self, options: &str) -> f64 {
-        let _server = self.b.start("iperf3 --server --one-off");
-        std::thread::sleep(Duration::from_millis(300));
+        let _server = self.b.iperf3_server();
         self.a.iperf3(B, 2, options)
     }
 
     fn stats(&self) -> Value {
-        self.switch.json("stats")
+        self.switch.settled()
     }
 }
 
@@ -114,7 +113,7 @@ fn vlans_and_mtu_hold_for_taps() {
     assert!(!a.reaches("198.51.100.3", 1), "VLAN 20 is not VLAN 10");
     let large = try_run(&format!("ip netns exec {} ping -q -c 1 -W 1 -M do -s 1400 {B}", a.name));
     assert!(!large.status.success());
-    let stats = switch.json("stats");
+    let stats = switch.settled();
     conserved(&stats);
     assert!(stats.to_string().contains("mtu_exceeded"), "{stats}");
 }
@@ -137,7 +136,6 @@ fn a_tap_removed_under_traffic_stops_its_port_and_is_taken_again_when_it_is_back
     // The new interface has another address, which the old one's neighbours do not know.
     pair.a.run("ip neigh flush all");
     pair.a.waits_for(B);
-    std::thread::sleep(Duration::from_millis(300));
     conserved(&pair.stats());
     assert!(pair.switch.is_running());
 }

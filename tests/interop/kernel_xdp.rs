@@ -2,7 +2,7 @@
 //! on the same interfaces.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -31,8 +31,7 @@ fn tcp_crosses_two_xdp_sockets_both_ways_and_the_program_goes_with_the_switch() 
         assert!(has_program(&pair, 0) && has_program(&pair, 1));
         let (there, back) = (pair.tcp(""), pair.tcp("--reverse"));
         println!("idle = {idle}: {:.2} Gbit/s there, {:.2} Gbit/s back", there / 1e9, back / 1e9);
-        std::thread::sleep(Duration::from_millis(100));
-        let stats = pair.switch.json("stats");
+        let stats = pair.switch.settled();
         conserved(&stats);
         for port in stats["ports"].as_array().unwrap() {
             let names: Vec<_> = port["device"].as_array().unwrap().iter().map(|c| &c["name"]).collect();
@@ -50,8 +49,12 @@ fn tcp_crosses_two_xdp_sockets_both_ways_and_the_program_goes_with_the_switch() 
         // Also without a warning.
         let _ = try_run(&format!("kill -9 {}", pair.switch.pid()));
         pair.switch.wait();
-        std::thread::sleep(Duration::from_millis(200));
-        assert!(!has_program(&pair, 0) && !has_program(&pair, 1), "the program outlived its switch");
+        // The kernel lets go of it a little later.
+        let end = Instant::now() + Duration::from_secs(60);
+        while has_program(&pair, 0) || has_program(&pair, 1) {
+            assert!(Instant::now() < end, "the program outlived its switch");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
@@ -79,8 +82,7 @@ fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_i
     drop(flood);
     pair.a.run("ip neigh flush all");
     pair.a.waits_for(B);
-    std::thread::sleep(Duration::from_millis(300));
-    conserved(&pair.switch.json("stats"));
+    conserved(&pair.switch.settled());
     assert!(pair.switch.is_running());
 }
 
@@ -89,8 +91,7 @@ fn an_interface_that_goes_down_loses_its_link_or_vanishes_stops_its_port_until_i
 fn several_queues_of_an_interface_share_its_flows() {
     let pair = Pair::with("idle = \"sleep\"", "af_xdp", "queue_pairs = 2", Cable::Finished(2));
     let rate = pair.tcp("--parallel 16");
-    std::thread::sleep(Duration::from_millis(100));
-    let stats = pair.switch.json("stats");
+    let stats = pair.switch.settled();
     conserved(&stats);
     let received: Vec<_> = stats["ports"][1]["tx"].as_array().unwrap().iter().map(|q| &q["sent"]).collect();
     println!("{:.2} Gbit/s, sent by queue: {received:?}", rate / 1e9);
@@ -107,7 +108,7 @@ fn what_cannot_work_is_told_with_the_way_out() {
         std::fs::write(&file, config).unwrap();
         let (binary, dir) = (super::switch::binary(), dir.path().to_owned());
         let command = format!("{} switch {} --run-dir {}", binary.display(), file.display(), dir.display());
-        let output = try_run(&format!("timeout 10 {command}"));
+        let output = try_run(&format!("timeout 60 {command}"));
         assert!(matches!(output.status.code(), Some(1 | 2)), "{output:?}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };

@@ -58,10 +58,26 @@ impl Namespace {
 
     /// Waits until `address` answers.
     pub(crate) fn waits_for(&self, address: &str) {
-        let end = Instant::now() + Duration::from_secs(15);
+        let end = Instant::now() + Duration::from_secs(60);
         while !self.reaches(address, 1) {
             assert!(Instant::now() < end, "{address} does not answer {}", self.name);
         }
+    }
+
+    /// Starts an iperf3 server for one client, and waits until it listens.
+    pub(crate) fn iperf3_server(&self) -> Running {
+        let server = self.start("iperf3 --server --one-off");
+        let end = Instant::now() + Duration::from_secs(60);
+        // The port 5201, in the state of those who listen.
+        let listens = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            words.get(1).is_some_and(|address| address.ends_with(":1451")) && words.get(3) == Some(&"0A")
+        };
+        while !self.run("cat /proc/net/tcp /proc/net/tcp6").lines().any(listens) {
+            assert!(Instant::now() < end, "iperf3 does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        server
     }
 
     /// TCP to an iperf3 server at `address` for `seconds`, with further `options`: bits a second that arrived.

@@ -47,7 +47,7 @@ fn migrates(rings: &str) {
         "(i=0; while [ $i -lt 200 ]; do dd if=sent bs=16k count=1 skip=$i 2>/dev/null; i=$((i + 1)); usleep 50000; done) \
          | nc 10.0.0.2 5000 & sender=$!",
     );
-    source.eventually("[ $(stat -c %s received) -gt 100000 ]", Duration::from_secs(20));
+    source.eventually("[ $(stat -c %s received) -gt 100000 ]", Duration::from_secs(60));
     source.qmp("migrate-set-parameters", json!({ "max-bandwidth": 8 << 20, "downtime-limit": 500 }));
     source.qmp("migrate", json!({ "uri": format!("unix:{}", incoming.display()) }));
     std::thread::sleep(COPYING);

@@ -53,7 +53,7 @@ impl Switch {
         let file = dir.path().join("switch.toml");
         std::fs::write(&file, config).unwrap();
         let mut switch = Self::start(dir, file, 0);
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while !switch.log().contains("ready in") {
             assert!(
                 switch.is_running() && Instant::now() < end,
@@ -81,6 +81,19 @@ impl Switch {
         serde_json::from_slice(&self.ask(question).stdout).unwrap()
     }
 
+    /// What it counted, once every frame that came in was sent or dropped, or after a minute.
+    pub(crate) fn settled(&self) -> Value {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stats = self.json("stats");
+            let (came, went) = balance(&stats);
+            if came == went || Instant::now() > end {
+                return stats;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn ask(&self, question: &str) -> Output {
         let mut command = Command::new(binary());
         command.args(["switch", question, "--json", "--run-dir"]).arg(self.dir()).output().unwrap()
@@ -88,7 +101,7 @@ impl Switch {
 
     /// Waits until a port is in this state, with a reason that contains `reason`.
     pub(crate) fn waits_for_state(&self, name: &str, state: &str, reason: &str) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             let ports = self.json("ports");
             let port = ports["ports"].as_array().unwrap().iter().find(|p| p["name"] == name).unwrap();
@@ -147,13 +160,13 @@ impl Switch {
     }
 
     fn wait_for_sockets(&self) {
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(60);
         let listening = |port: &String| {
             let socket = self.dir().join(format!("{port}.sock"));
             socket.exists() && std::fs::metadata(&socket).is_ok()
         };
         while !self.ports.iter().all(listening) {
-            assert!(Instant::now() < end, "the switch has no sockets after 5 s:\n{}", self.log());
+            assert!(Instant::now() < end, "the switch has no sockets after a minute:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -191,10 +204,17 @@ fn spawn(config: &Path, dir: &Path) -> Child {
 
 /// Every frame that came in was sent or dropped under a reason; how many came in and were dropped.
 pub(crate) fn conserved(stats: &Value) -> (u64, u64) {
+    let (came, went) = balance(stats);
     let totals = &stats["totals"];
+    assert_eq!(came, went, "{totals}");
     let of = |key: &str| totals[key].as_u64().unwrap();
-    assert_eq!(of("received") + of("replicas"), of("sent") + of("dropped"), "{totals}");
     (of("received"), of("dropped"))
+}
+
+/// Frames that came in or were made, and those that went out or were dropped.
+fn balance(stats: &Value) -> (u64, u64) {
+    let of = |key: &str| stats["totals"][key].as_u64().unwrap();
+    (of("received") + of("replicas"), of("sent") + of("dropped"))
 }
 
 /// A counter of a port, over all its queues of one direction.

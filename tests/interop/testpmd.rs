@@ -218,7 +218,7 @@ impl Testpmd {
     pub(crate) fn say(&mut self, line: &str) -> String {
         let from = self.output.lock().unwrap().len();
         writeln!(self.input, "{line}").unwrap();
-        self.prompt(from, Duration::from_secs(20))
+        self.prompt(from, Duration::from_secs(60))
     }
 
     /// Frames that each port received.

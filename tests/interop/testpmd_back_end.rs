@@ -61,7 +61,7 @@ fn frames_larger_than_a_buffer_arrive_in_one_piece() {
 fn a_back_end_that_connects_to_us_is_served() {
     let folder = tempfile::tempdir().unwrap();
     let options =
-        Options { mode: SocketMode::Listen, timeout: Duration::from_secs(30), ..Options::default() };
+        Options { mode: SocketMode::Listen, timeout: Duration::from_secs(60), ..Options::default() };
     let devices = std::thread::scope(|scope| {
         let opening = sockets(folder.path()).map(|path| {
             scope.spawn({
@@ -93,7 +93,7 @@ fn a_back_end_that_was_killed_and_started_again_is_taken_into_service() {
     for layout in [Layout::Split, Layout::Packed] {
         let folder = tempfile::tempdir().unwrap();
         let testpmd = back_end(folder.path(), "", 1);
-        let options = Options { layout, timeout: Duration::from_secs(30), ..Options::default() };
+        let options = Options { layout, timeout: Duration::from_secs(60), ..Options::default() };
         let mut devices =
             sockets(folder.path()).map(|path| VirtioUser::open(&path, options.clone()).unwrap());
         exchange(&mut devices, 0, 10_000, 60..=124);
@@ -225,7 +225,7 @@ fn wait_until_ready(devices: &mut [VirtioUser; 2], index: usize) {
     let begin = Instant::now();
     let mut last = begin;
     while !arrived.iter().all(|a| *a) || last.elapsed() < Duration::from_millis(50) {
-        assert!(begin.elapsed() < Duration::from_secs(10), "testpmd forwards nothing: {arrived:?}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "testpmd forwards nothing: {arrived:?}");
         for i in [0, 1] {
             let pair = &mut devices[i].queue_pairs()[index];
             if !arrived[1 - i] {
@@ -267,7 +267,7 @@ fn exchange(devices: &mut [VirtioUser; 2], index: usize, frames: u64, lens: std:
             last = Instant::now();
         }
         let seen = flows.each_ref().map(|f| f.seen);
-        assert!(last.elapsed() < Duration::from_secs(5), "nothing for 5 s after {seen:?} of {frames}");
+        assert!(last.elapsed() < Duration::from_secs(60), "nothing for a minute after {seen:?} of {frames}");
     }
     for device in devices {
         let pair = &device.queue_pairs()[index];

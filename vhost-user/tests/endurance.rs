@@ -61,7 +61,7 @@ fn resident() -> usize {
 fn settles_at(what: &str, most: usize, number: impl Fn() -> usize) {
     let start = Instant::now();
     while number() > most {
-        assert!(start.elapsed() < Duration::from_secs(5), "{what}: {}, not {most}", number());
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}: {}, not {most}", number());
         std::thread::sleep(Duration::from_millis(2));
     }
 }

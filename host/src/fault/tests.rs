@@ -276,7 +276,7 @@ fn a_handler_that_was_there_before_gets_what_is_not_ours() {
     let name = "fault::tests::a_handler_that_was_there_before_gets_what_is_not_ours";
     let mut child = Command::new(program).args(["--exact", name]).env(ROLE, "chained").spawn().unwrap();
     let mut status = None;
-    for _ in 0..200 {
+    for _ in 0..1_200 {
         status = child.try_wait().unwrap();
         if status.is_some() {
             break;

@@ -53,8 +53,8 @@ impl Answer {
 
 impl Raw {
     pub(crate) fn new(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
         Self { stream }
     }
 

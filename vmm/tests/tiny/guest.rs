@@ -182,6 +182,11 @@ impl Guest {
         self.machine.remote()
     }
 
+    /// What it printed so far.
+    pub(crate) fn printed(&self) -> Vec<u8> {
+        printed(self.dir.path())
+    }
+
     /// Waits for the end: how it ended, what it printed, how often it left the guest.
     pub(crate) fn end(mut self) -> (Ended, Vec<u8>, Exits) {
         // A guest that does not end would hold the test for ever.

@@ -33,6 +33,11 @@ const VERSION_1: u64 = 1 << 32;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const REPLY_ACK: u64 = 1 << 3;
 
+/// What is silent is waited for at least so long (docs/vm-threat-model.md says how long).
+const PATIENT: Duration = Duration::from_secs(4);
+/// Late, and not too late.
+const LATE: Duration = Duration::from_secs(2);
+
 /// What the back end does instead of answering, once.
 #[derive(Clone, Copy, Debug)]
 enum Odd {
@@ -44,6 +49,17 @@ enum Odd {
     Late(Duration),
     /// These bytes.
     Wrong(&'static [u8]),
+}
+
+impl Odd {
+    /// How soon after the message it may be over.
+    fn due(self) -> Duration {
+        match self {
+            Odd::Never | Odd::Half => PATIENT,
+            Odd::Late(time) => time,
+            Odd::Wrong(_) => Duration::MAX,
+        }
+    }
 }
 
 /// What the back end saw.
@@ -130,8 +146,13 @@ fn guest(socket: &Path) -> Guest {
 }
 
 /// Runs a guest on a back end that is odd at `message`, after it was started. Returns how long it was waited for, if that ended the
-/// connection.
+/// connection. Where this machine stood still until it was over, the try said nothing about the vCPU, and there is another.
 fn run(message: u32, odd: Odd) -> Option<Duration> {
+    let said = (0..5).find_map(|_| attempt(message, odd));
+    said.unwrap_or_else(|| panic!("{message} {odd:?}: the vCPU never went on before it was over"))
+}
+
+fn attempt(message: u32, odd: Odd) -> Option<Option<Duration>> {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -142,6 +163,7 @@ fn run(message: u32, odd: Odd) -> Option<Duration> {
     let press =
         || assert_eq!(client::post_bytes::<TypedReport>(&door, "/v1/console", b"k").unwrap().value.taken, 1);
     let exits = || client::get::<MachineInfo>(&door, "/v1/vm").unwrap().value.vcpus[0].exits_total;
+    let remote = guest.remote();
     let waiting = std::thread::spawn(move || guest.end());
     // A driver that resets its card before the card's thread heard of it is no business of the back end's.
     if message != SET_MEM_TABLE {
@@ -155,6 +177,13 @@ fn run(message: u32, odd: Odd) -> Option<Duration> {
     asked::until("the vCPU goes on", || exits() > before + 20);
     // As long as the connection is there, it is waited for: the vCPU goes on all the same.
     let early = seen.try_recv();
+    let give_up = || {
+        remote.kill();
+        None
+    };
+    if asked.elapsed() > odd.due() {
+        return give_up();
+    }
     assert!(early.is_err() || matches!(odd, Odd::Wrong(_)), "{message} {odd:?}: {early:?}");
     if message != GET_VRING_BASE {
         press();
@@ -166,21 +195,24 @@ fn run(message: u32, odd: Odd) -> Option<Duration> {
             other => panic!("{message} {odd:?}: {other:?}"),
         },
     };
-    assert_eq!(next(&seen), Seen::Started, "{message} {odd:?}: again");
-    press();
+    match (next(&seen), odd) {
+        (Seen::Started, _) => press(),
+        // It was later than it wanted to be.
+        (Seen::GivenUp(at), Odd::Late(_)) if at - asked > PATIENT => return give_up(),
+        (other, _) => panic!("{message} {odd:?}: {other:?}, and not again"),
+    }
     let (ended, printed, _) = waiting.join().unwrap();
     assert_eq!(
         (ended, printed.as_slice()),
         (Ended::PowerOff, b"let go let go ".as_slice()),
         "{message} {odd:?}"
     );
-    waited
+    Some(waited)
 }
 
-/// What is silent is waited for as long as docs/vm-threat-model.md says.
 fn is_patient(waited: Option<Duration>) {
     let waited = waited.unwrap();
-    assert!((Duration::from_secs(4)..Duration::from_secs(40)).contains(&waited), "{waited:?}");
+    assert!((PATIENT..Duration::from_secs(55)).contains(&waited), "{waited:?}");
 }
 
 #[test]
@@ -198,7 +230,7 @@ fn a_back_end_that_answers_half_late_or_for_another_message_holds_no_vcpu() {
         return;
     }
     is_patient(run(SET_VRING_ENABLE, Odd::Half));
-    assert_eq!(run(SET_VRING_ENABLE, Odd::Late(Duration::from_secs(2))), None);
+    assert_eq!(run(SET_VRING_ENABLE, Odd::Late(LATE)), None);
     run(SET_VRING_ENABLE, Odd::Wrong(&[1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]));
 }
 
@@ -208,5 +240,5 @@ fn a_back_end_that_keeps_its_rings_holds_no_vcpu_and_loses_them() {
         return;
     }
     is_patient(run(GET_VRING_BASE, Odd::Never));
-    assert_eq!(run(GET_VRING_BASE, Odd::Late(Duration::from_secs(2))), None);
+    assert_eq!(run(GET_VRING_BASE, Odd::Late(LATE)), None);
 }

@@ -115,6 +115,19 @@ pub(crate) struct View {
     pub(crate) ports: Vec<PortView>,
 }
 
+impl View {
+    /// The port of this name.
+    ///
+    /// # Errors
+    /// There is none, and which there are.
+    fn port(&self, name: &str) -> Result<&PortView, String> {
+        self.ports.iter().find(|p| p.config.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.ports.iter().map(|p| p.config.name.as_str()).collect();
+            format!("there is no port {name:?}; there are {}", names.join(", "))
+        })
+    }
+}
+
 /// What all threads of a switch share.
 pub(crate) struct Shared {
     pub(crate) plans: Arc<Plans>,

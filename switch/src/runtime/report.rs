@@ -81,11 +81,7 @@ impl SwitchState for Switch {
 
     fn capture(&self, port: &str, longest: u32, filter: Filter) -> Result<CaptureReport, String> {
         let view = self.shared.view.load();
-        let found = view.ports.iter().find(|p| p.config.name == port);
-        let found = found.ok_or_else(|| {
-            let names: Vec<_> = view.ports.iter().map(|p| p.config.name.as_str()).collect();
-            format!("there is no port {port:?}; there are {}", names.join(", "))
-        })?;
+        let found = view.port(port)?;
         let capture = Capture::new(found.port.number(), port, longest, filter)?;
         self.shared.change_captures(|captures| {
             if captures.len() >= CAPTURES {
@@ -114,9 +110,7 @@ impl SwitchState for Switch {
 
     fn card(&self, port: &str) -> Result<CardReport, String> {
         let view = self.shared.view.load();
-        let found = view.ports.iter().find(|p| p.config.name == port);
-        let found = found.ok_or_else(|| format!("there is no port {port:?}"))?;
-        found.port.card().unwrap_or_else(|| Err(format!("port {port} has no card open")))
+        view.port(port)?.port.card().unwrap_or_else(|| Err(format!("port {port} has no card open")))
     }
 
     fn set_vf(&self, port: &str, number: u16, change: VfChange) -> Result<VfReport, String> {

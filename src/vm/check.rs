@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use host::{pci, topology};
 use vmm::boot::Format;
-use vmm::config::{Config, DiskAio, NetBack, OnReboot, PageSize, Seccomp, SerialTo};
+use vmm::config::{Config, DiskAio, IrqChip, NetBack, OnReboot, PageSize, Seccomp, SerialTo};
 use vmm::preflight::Preflight;
 use vmm::sandbox;
 
@@ -101,6 +101,10 @@ fn report(config: &Config, preflight: &Preflight, run_dir: Option<&Path>) -> Res
         let exits = config.disable_exits.iter().filter(move |exit| refused.contains(exit) != wanted);
         exits.map(|exit| exit.word()).collect::<Vec<_>>().join(", ")
     };
+    match config.irqchip {
+        IrqChip::Kernel => writeln!(text, "  leave all interrupt controllers to KVM")?,
+        IrqChip::Split => writeln!(text, "  have the I/O APIC here, local APICs in KVM")?,
+    }
     if !exits(true).is_empty() {
         writeln!(text, "  let the guest do {} without an exit", exits(true))?;
     }

@@ -139,6 +139,8 @@ keys! {
     halt_poll_us: "N",
     /// Whether the guest is told that its vCPUs have their cores to themselves [default: false].
     hint_dedicated: "BOOL",
+    /// Where the I/O APIC is: kernel (or on) or split [default: kernel].
+    irqchip: "WHERE",
     /// Whether the guest has performance counters [default: true].
     pmu: "BOOL",
     /// Where the serial console goes: stdio, off, or file:PATH [default: stdio].

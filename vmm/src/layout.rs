@@ -18,8 +18,8 @@ pub(crate) const PCI_BUSES: u64 = 1;
 /// PCI configuration space, memory mapped (ECAM, PCI Express 7.2.2): 1 MiB a bus.
 pub(crate) const ECAM: Range<u64> = 0xe000_0000..0xe000_0000 + (PCI_BUSES << 20);
 
-/// The I/O APIC, where PCs have it.
-pub(crate) const IO_APIC: u32 = 0xfec0_0000;
+/// The I/O APIC, where PCs have it, and as much as it answers to (82093AA, 3.0).
+pub(crate) const IO_APIC: Range<u64> = 0xfec0_0000..0xfec0_0100;
 
 /// The local APIC, where it is at reset (Intel SDM volume 3, 11.4.1).
 pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;

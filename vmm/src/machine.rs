@@ -16,13 +16,12 @@ use kvm_bindings::{
     KVM_CAP_HALT_POLL, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_DISABLE_EXITS, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::BootError;
 use crate::config::{Config, NetBack, SerialTo};
 use crate::console::Console;
 use crate::control::report::Port;
-use crate::device::serial::{Line, SerialPort};
+use crate::device::serial::SerialPort;
 use crate::device::{Devices, lock};
 use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
@@ -143,7 +142,7 @@ pub struct Machine {
     devices: Option<Arc<Devices>>,
     life: Arc<Life>,
     consoles: Vec<Console>,
-    button: EventFd,
+    interrupts: Arc<Interrupts>,
     vm: Arc<VmFd>,
     _memory: Arc<GuestMemory>,
     events: Receiver<Event>,
@@ -165,6 +164,8 @@ impl Machine {
         let memory = Arc::new(GuestMemory::new(config)?);
         let vm = Arc::new(preflight.kvm.create_vm().map_err(kvm("create a machine"))?);
         prepare(&vm, config, preflight)?;
+        let interrupts = Interrupts::new(vm.clone(), config.irqchip);
+        let interrupts = Arc::new(interrupts.map_err(kvm("create interrupt controllers"))?);
         memory.attach(&vm)?;
 
         let choices = Choices { pmu: config.pmu, dedicated: config.hint_dedicated };
@@ -185,8 +186,6 @@ impl Machine {
 
         let (event_sender, events) = unbounded();
         let (request_sender, requests) = unbounded();
-        let button = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(StartError::Thread)?;
-        vm.register_irqfd(&button, layout::EVENT_IRQ).map_err(kvm("wire an interrupt"))?;
         let mut consoles = Vec::new();
         let virtio = match life.sink(Port::Virtio).map_err(StartError::Console)? {
             Some(sink) => {
@@ -198,12 +197,12 @@ impl Machine {
             None => None,
         };
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus = bus(config, &preflight.disks, virtio, &vm, &memory, model.address_bits(), life.events())?;
+        let bus =
+            bus(config, &preflight.disks, virtio, &interrupts, &memory, model.address_bits(), life.events())?;
         let port = match life.sink(Port::Serial).map_err(StartError::Console)? {
             Some(sink) => {
                 let (console, output) = Console::new(sink, &life.serial).map_err(StartError::Console)?;
-                let line = Line::new(vm.clone(), layout::SERIAL_IRQ);
-                let port = Arc::new(Mutex::new(SerialPort::new(line, output)));
+                let port = Arc::new(Mutex::new(SerialPort::new(interrupts.clone(), output)));
                 consoles.push((console, &config.serial, Take::Serial(port.clone())));
                 Some(port)
             }
@@ -222,14 +221,14 @@ impl Machine {
         let (serial_take, console_take) = (take(&config.serial), take(&config.console));
         let consoles: io::Result<Vec<_>> = consoles.into_iter().map(listen).collect();
         let consoles = consoles.map_err(StartError::Console)?;
-        let devices = Arc::new(Devices::new(port, bus));
+        let devices = Arc::new(Devices::new(port, bus, interrupts.clone()));
 
         let mut machine = Self {
             vcpus: Vec::new(),
             devices: Some(devices.clone()),
             life: life.clone(),
             consoles,
-            button,
+            interrupts,
             vm,
             _memory: memory,
             events,
@@ -333,18 +332,17 @@ fn bus(
     config: &Config,
     disks: &[Arc<Image>],
     console: Option<VirtioConsole>,
-    vm: &Arc<VmFd>,
+    interrupts: &Arc<Interrupts>,
     memory: &Arc<GuestMemory>,
     address_bits: u8,
     events: &Events,
 ) -> Result<PciBus, StartError> {
-    let interrupts = Arc::new(Interrupts::new(vm.clone()));
     let mut bus = PciBus::new();
     // Before a back end is waited for: what is refused is refused at once.
     let own = u64::from(BAR_SIZE) * PciBus::PLACES;
     let window = layout::PCI_WINDOW_32.start + own..layout::PCI_WINDOW_32.end;
     let windows = vfio::Windows::new(window, layout::pci_window_64(memory.len(), address_bits));
-    vfio::open(&config.pci, windows, memory, &interrupts)?.into_iter().for_each(|function| bus.add(function));
+    vfio::open(&config.pci, windows, memory, interrupts)?.into_iter().for_each(|function| bus.add(function));
     let for_rings = memory.for_rings().map_err(GuestMemoryError::from)?;
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for card in &config.net {
@@ -392,5 +390,5 @@ fn prepare(vm: &VmFd, config: &Config, preflight: &Preflight) -> Result<(), Star
     if !config.pmu && enable(KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE.into()).is_err() {
         tracing::debug!("KVM here cannot disable performance counters; the guest is not told of them");
     }
-    vm.create_irq_chip().map_err(kvm("create interrupt controllers"))
+    Ok(())
 }

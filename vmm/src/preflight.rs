@@ -12,7 +12,7 @@ use host::vfio::{self, VfioError};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::boot::{BootError, Initramfs, Kernel};
-use crate::config::{Config, DisabledExit, PageSize};
+use crate::config::{Config, DisabledExit, IrqChip, PageSize};
 use crate::disk::DiskError;
 use crate::disk::image::{Image, SECTOR};
 
@@ -48,6 +48,9 @@ pub enum PreflightError {
     /// It lacks something.
     #[error("this kernel's KVM lacks {0}; a machine needs Linux 5.14 or later")]
     Lacks(String),
+    /// It has no split interrupt controllers.
+    #[error("`irqchip`: this kernel's KVM lacks KVM_CAP_SPLIT_IRQCHIP; say `irqchip = \"kernel\"`")]
+    NoSplit,
     /// More vCPUs than KVM gives.
     #[error("`vcpus`: {wanted}, but KVM here gives a machine at most {most}")]
     TooManyVcpus {
@@ -115,6 +118,7 @@ impl Preflight {
         can_be_had(config)?;
         let kvm = open_kvm()?;
         vcpus(config, &kvm)?;
+        irqchip(config, &kvm)?;
         let granted = grantable_exits(&kvm);
         let refused = config.disable_exits.iter().copied().filter(|exit| granted & bit(*exit) == 0).collect();
         Ok(Self { kvm, kernel, initramfs, disks, refused })
@@ -149,7 +153,10 @@ impl Preflight {
         }
         note("node", node(config));
         match open_kvm() {
-            Ok(kvm) => note("vcpus", vcpus(config, &kvm)),
+            Ok(kvm) => {
+                note("vcpus", vcpus(config, &kvm));
+                note("irqchip", irqchip(config, &kvm));
+            }
             Err(error) => note("kernel", Err(error)),
         }
         found
@@ -250,6 +257,13 @@ fn vcpus(config: &Config, kvm: &Kvm) -> Result<(), PreflightError> {
     let (wanted, most) = (config.topology.vcpus(), kvm.get_max_vcpus());
     if wanted as usize > most {
         return Err(PreflightError::TooManyVcpus { wanted, most });
+    }
+    Ok(())
+}
+
+fn irqchip(config: &Config, kvm: &Kvm) -> Result<(), PreflightError> {
+    if config.irqchip == IrqChip::Split && !kvm.check_extension(Cap::SplitIrqchip) {
+        return Err(PreflightError::NoSplit);
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use host::vfio;
 use libc::c_long;
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::config::{Config, NetBack, Seccomp};
+use crate::config::{Config, IrqChip, NetBack, Seccomp};
 
 #[cfg(test)]
 mod tests;
@@ -219,13 +219,25 @@ const KVM: u64 = 0xae << 8;
 const TYPE: u64 = 0xff00;
 const TYPE_AND_NUMBER: u64 = 0xffff;
 
-/// What a running vCPU asks of KVM, by number (linux/kvm.h), the most frequent one first: to run; to raise an input of the I/O APIC;
-/// to tie eventfds to interrupts and to accesses, and interrupts to messages; to excuse a rest.
-const OF_VCPU: [u64; 6] = [0x80, RAISE, 0x76, 0x79, 0x6a, 0xad];
-/// To raise an input of the I/O APIC: what is typed at the serial port does, whoever brings it.
+/// To raise an input of KVM's I/O APIC; or, with an I/O APIC of ours, to send its message: what is typed at the serial port does,
+/// whoever brings it.
 const RAISE: u64 = 0x61;
+const SEND: u64 = 0xa5;
 /// To move a region of a passed-through function.
 const MOVE_MEMORY: u64 = 0x46;
+
+fn to_raise(config: &Config) -> u64 {
+    match config.irqchip {
+        IrqChip::Kernel => RAISE,
+        IrqChip::Split => SEND,
+    }
+}
+
+/// What a running vCPU asks of KVM, by number (linux/kvm.h), the most frequent one first: to run; to raise an input of the I/O APIC;
+/// to tie eventfds to interrupts and to accesses, and interrupts to messages; to excuse a rest.
+fn of_vcpu(config: &Config) -> [u64; 6] {
+    [0x80, to_raise(config), 0x76, 0x79, 0x6a, 0xad]
+}
 
 /// The filters of a kind. Where several answer, the hardest answer holds.
 fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, BackendError> {
@@ -275,13 +287,13 @@ fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, Backen
         Vcpu => allowed
             .when(libc::SYS_ioctl, &is(if passes { &vfio::INTERRUPT_REQUESTS } else { &[] }))?
             .when(libc::SYS_ioctl, &of_kvm(if passes { &[MOVE_MEMORY] } else { &[] }))?
-            .when(libc::SYS_ioctl, &of_kvm(&OF_VCPU))?,
+            .when(libc::SYS_ioctl, &of_kvm(&of_vcpu(config)))?,
         // What it takes from the guest it closes, perhaps as the last one that the IOMMU serves.
         Watch => allowed
             .when(libc::SYS_ioctl, &is(&vfio::REQUESTS))?
-            .when(libc::SYS_ioctl, &of_kvm(&[&OF_VCPU[..], &[MOVE_MEMORY]].concat()))?,
+            .when(libc::SYS_ioctl, &of_kvm(&[&of_vcpu(config)[..], &[MOVE_MEMORY]].concat()))?,
         Tap => allowed.when(libc::SYS_ioctl, &is(&[libc::TUNSETOFFLOAD]))?,
-        Console | Control => allowed.when(libc::SYS_ioctl, &of_kvm(&[RAISE]))?,
+        Console | Control => allowed.when(libc::SYS_ioctl, &of_kvm(&[to_raise(config)]))?,
         _ => allowed,
     };
     let no = |error: i32| Action::Errno(error.unsigned_abs());

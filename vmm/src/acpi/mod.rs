@@ -122,7 +122,7 @@ fn madt(machine: &Machine) -> Vec<u8> {
     }
     // Type 1, 12 bytes (5.2.12.3): identifier 0, first interrupt 0.
     madt.append_slice(&[1, 12, 0, 0]);
-    madt.append_slice(&layout::IO_APIC.to_le_bytes());
+    madt.append_slice(&(layout::IO_APIC.start as u32).to_le_bytes());
     madt.append_slice(&0_u32.to_le_bytes());
     madt.as_slice().to_vec()
 }

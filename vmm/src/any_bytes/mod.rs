@@ -1,12 +1,15 @@
-//! What guests and control clients may write, made of any bytes: queues ([`queues`]), PCI ([`pci`]), HTTP ([`requests`]).
+//! What guests and control clients may write, made of any bytes: queues ([`queues`]), PCI ([`pci`]), interrupt controllers
+//! ([`interrupts`]), HTTP ([`requests`]).
 //!
 //! Shared by the property tests here, which try some of it everywhere, and the fuzz targets in `fuzz/`, which go on. Never part
 //! of a program.
 
+mod interrupts;
 mod pci;
 mod queues;
 mod requests;
 
+pub use interrupts::interrupts;
 pub use pci::pci;
 pub use queues::queues;
 pub use requests::requests;
@@ -72,6 +75,15 @@ mod tests {
         #[test]
         fn functions_survive_whatever_a_guest_writes_to_their_registers(bytes in bytes(1500)) {
             super::pci(&bytes);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+        #[test]
+        fn controllers_survive_whatever_a_guest_writes_to_their_registers(bytes in bytes(400)) {
+            super::interrupts(&bytes);
         }
     }
 }

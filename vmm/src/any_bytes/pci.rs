@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 
 use super::Input;
-use crate::config::Config;
+use crate::config::{Config, IrqChip};
 use crate::console::Console;
 use crate::interrupts::Interrupts;
 use crate::layout;
@@ -37,11 +37,10 @@ pub fn pci(bytes: &[u8]) {
         return;
     };
     let vm = Arc::new(kvm.create_vm().unwrap());
-    vm.create_irq_chip().unwrap();
     let text = "[vm]\nkernel = 'k'\nmemory = '4 MiB'";
     let config = Config::parse(text, Path::new("vm.toml")).unwrap();
     let memory = Arc::new(GuestMemory::new(&config).unwrap());
-    let interrupts = Arc::new(Interrupts::new(vm));
+    let interrupts = Arc::new(Interrupts::new(vm, IrqChip::Kernel).unwrap());
     let (console, output) = Console::open_nowhere();
     let (device, typed) = VirtioConsole::new(output, &memory).unwrap();
     let devices: [Box<dyn VirtioDevice>; FUNCTIONS as usize] =

@@ -23,6 +23,7 @@ const TEXTS: &[&str] = &[
     "serial",
     "console",
     "on_reboot",
+    "irqchip",
     "seccomp",
 ];
 /// Keys with several values, apart by commas.

@@ -7,8 +7,8 @@ use settings::{Spanned, keys, nested, plain};
 
 use super::MAX_VCPUS;
 use super::values::{
-    CommandLine, DisabledExit, DiskAio, DiskFormat, FileName, Function, NetKind, NetMode, OnReboot, PageSize,
-    SeccompName, Serial, SerialName,
+    CommandLine, DisabledExit, DiskAio, DiskFormat, FileName, Function, IrqChipName, NetKind, NetMode,
+    OnReboot, PageSize, SeccompName, Serial, SerialName,
 };
 
 plain!(
@@ -18,6 +18,7 @@ plain!(
     DiskFormat,
     FileName,
     Function,
+    IrqChipName,
     NetKind,
     NetMode,
     OnReboot,
@@ -71,6 +72,8 @@ keys! {
         halt_poll_us: Bounded<0, 1_000_000>,
         /// Whether the guest is told that its vCPUs have their cores to themselves.
         hint_dedicated: bool,
+        /// Where the I/O APIC is.
+        irqchip: IrqChipName,
         /// Whether the guest has performance counters.
         pmu: bool,
         /// Network cards.

@@ -21,7 +21,7 @@ pub use keys::vocabulary;
 pub use settings::{ConfigErrors, Problem};
 use settings::{DeTable, Fill, Problems};
 pub use values::{
-    DisabledExit, DiskAio, DiskFormat, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialTo,
+    DisabledExit, DiskAio, DiskFormat, IrqChip, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialTo,
 };
 
 /// The most vCPUs of a machine: their APIC identifiers fit a byte.
@@ -64,6 +64,8 @@ pub struct Config {
     pub halt_poll: Option<Duration>,
     /// Whether the guest is told that its vCPUs have their cores to themselves.
     pub hint_dedicated: bool,
+    /// Where the I/O APIC is.
+    pub irqchip: IrqChip,
     /// Whether the guest has performance counters.
     pub pmu: bool,
     /// Network cards, in the order in which the guest finds them.

@@ -57,6 +57,18 @@ fn cores_go_with_vcpus_one_to_one_and_have_one_task() {
 }
 
 #[test]
+fn the_io_apic_is_where_it_is_said_to_be_also_in_qemus_word() {
+    let chip = |word: &str| parse(&format!("kernel = 'k'\nirqchip = '{word}'")).map(|config| config.irqchip);
+    assert_eq!((chip("kernel").unwrap(), chip("on").unwrap()), (IrqChip::Kernel, IrqChip::Kernel));
+    assert_eq!(chip("split").unwrap(), IrqChip::Split);
+    assert!(problem("irqchip = 'off'").2.contains("wanted \"kernel\" or \"split\""));
+    assert_eq!(
+        Config::from_flags(&[("kernel", "k".into()), ("irqchip", "on".into())]).unwrap().irqchip,
+        IrqChip::Kernel
+    );
+}
+
+#[test]
 fn a_topology_agrees_with_the_number_of_vcpus() {
     let config = parse("kernel = \"k\"\ntopology = { sockets = 2, cores = 2, threads = 2 }").unwrap();
     assert_eq!(config.topology.vcpus(), 8);

@@ -9,7 +9,7 @@ use settings::{DeTable, DeValue, Problems, Spanned, suggestion};
 
 use super::keys::{DiskKeys, NetKeys, PciKeys, TopologyKeys, VmKeys};
 use super::nodes::Given;
-use super::values::{DiskAio, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialName, SerialTo};
+use super::values::{DiskAio, IrqChip, NetKind, NetMode, OnReboot, PageSize, Seccomp, SerialName, SerialTo};
 use super::{
     Config, DiskConfig, GuestNode, MAX_VCPUS, NetBack, NetConfig, PciConfig, Topology, VhostUserConfig,
 };
@@ -238,6 +238,7 @@ fn vm(
         disable_exits,
         halt_poll: keys.halt_poll_us.map(|us| Duration::from_micros(us.get_ref().get())),
         hint_dedicated: keys.hint_dedicated.is_some_and(Spanned::into_inner),
+        irqchip: keys.irqchip.map_or(IrqChip::Kernel, |chip| chip.into_inner().0),
         net: net.into_iter().map(resolve_card).collect(),
         disk: disk.into_iter().map(|disk| DiskConfig { path: resolve(&disk.path), ..disk }).collect(),
         pci,

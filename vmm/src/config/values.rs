@@ -30,6 +30,14 @@ words! {
         Cstate = "cstate",
     }
 
+    /// Where the I/O APIC is; local APICs are KVM's.
+    IrqChip {
+        /// In KVM, too.
+        Kernel = "kernel",
+        /// In this process.
+        Split = "split",
+    }
+
     /// What is behind a network card.
     NetKind {
         /// A vhost-user back end.
@@ -107,6 +115,13 @@ text! {
         "log" => Ok(Seccomp::Log),
         "off" | "false" => Ok(Seccomp::Off),
         _ => Err(format!("{text:?}: wanted \"kill\", \"log\" or \"off\"")),
+    };
+
+    /// Where the I/O APIC is; QEMU's word `on` for `kernel` is known, too.
+    IrqChipName(IrqChip), "\"kernel\" or \"split\"", |text| match text {
+        "kernel" | "on" => Ok(IrqChip::Kernel),
+        "split" => Ok(IrqChip::Split),
+        _ => Err(format!("{text:?}: wanted \"kernel\" or \"split\"")),
     };
 
     /// Where the serial console goes.

@@ -9,6 +9,7 @@ pub(crate) mod serial;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::control::report::DeviceReport;
+use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::lifecycle::Lifecycle;
 use crate::pci::{PciBus, PciPorts};
@@ -20,11 +21,16 @@ pub(crate) struct Devices {
     serial: Option<Arc<Mutex<SerialPort>>>,
     pci_ports: Mutex<PciPorts>,
     pci: PciBus,
+    interrupts: Arc<Interrupts>,
 }
 
 impl Devices {
-    pub(crate) fn new(serial: Option<Arc<Mutex<SerialPort>>>, pci: PciBus) -> Self {
-        Self { serial, pci_ports: Mutex::new(PciPorts::default()), pci }
+    pub(crate) fn new(
+        serial: Option<Arc<Mutex<SerialPort>>>,
+        pci: PciBus,
+        interrupts: Arc<Interrupts>,
+    ) -> Self {
+        Self { serial, pci_ports: Mutex::new(PciPorts::default()), pci, interrupts }
     }
 
     /// The devices that run by themselves.
@@ -79,6 +85,8 @@ impl Devices {
         data.fill(0xff);
         if layout::ECAM.contains(&address) {
             self.pci.read_ecam(address - layout::ECAM.start, data);
+        } else if layout::IO_APIC.contains(&address) {
+            self.interrupts.read(address - layout::IO_APIC.start, data);
         } else {
             self.pci.read_memory(address, data);
         }
@@ -88,9 +96,16 @@ impl Devices {
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
         if layout::ECAM.contains(&address) {
             self.pci.write_ecam(address - layout::ECAM.start, data);
+        } else if layout::IO_APIC.contains(&address) {
+            self.interrupts.write(address - layout::IO_APIC.start, data);
         } else {
             self.pci.write_memory(address, data);
         }
+    }
+
+    /// The guest ended an interrupt with this vector that KVM does not have the I/O APIC of.
+    pub(crate) fn end_of_interrupt(&self, vector: u8) {
+        self.interrupts.end(vector);
     }
 }
 

@@ -5,44 +5,31 @@
 
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 
 use crate::console::Output;
+use crate::interrupts::Interrupts;
+use crate::layout;
 
-/// The port's interrupt line, edge triggered.
-///
-/// Whoever causes the interrupt raises it, a vCPU most often. An irqfd would leave that to a kworker on the vCPU's core for any
-/// interrupt that is no message, and the vCPU would be scheduled away for it.
-pub(crate) struct Line {
-    vm: Arc<VmFd>,
-    number: u32,
-}
+/// The port's interrupt, edge triggered.
+struct Edge(Arc<Interrupts>);
 
-impl Line {
-    /// The machine's interrupt `number`.
-    pub(crate) fn new(vm: Arc<VmFd>, number: u32) -> Self {
-        Self { vm, number }
-    }
-}
-
-impl Trigger for Line {
+impl Trigger for Edge {
     type E = kvm_ioctls::Error;
 
     fn trigger(&self) -> Result<(), Self::E> {
-        self.vm.set_irq_line(self.number, true)?;
-        self.vm.set_irq_line(self.number, false)
+        self.0.pulse(layout::SERIAL_IRQ)
     }
 }
 
 /// The port.
-pub(crate) struct SerialPort(Serial<Line, NoEvents, Output>);
+pub(crate) struct SerialPort(Serial<Edge, NoEvents, Output>);
 
 impl SerialPort {
-    /// A port whose interrupt is `line` and whose bytes go to `output`.
-    pub(crate) fn new(line: Line, output: Output) -> Self {
-        Self(Serial::new(line, output))
+    /// A port whose bytes go to `output`.
+    pub(crate) fn new(interrupts: Arc<Interrupts>, output: Output) -> Self {
+        Self(Serial::new(Edge(interrupts), output))
     }
 
     /// The guest reads a register.

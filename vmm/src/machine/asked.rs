@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use super::{Ended, Event, Machine};
 use crate::control::report::{EventKind, MachineState};
+use crate::layout;
 use crate::life::Life;
 use crate::lifecycle::{self, Lifecycle};
 
@@ -139,7 +140,7 @@ impl Machine {
                         }
                         let time = time.unwrap_or(self.shutdown_timeout);
                         tracing::info!("pressing the power button, waiting {time:?}");
-                        let _ = self.button.write(1);
+                        let _ = self.interrupts.pulse(layout::EVENT_IRQ);
                         deadline = deadline.or(Instant::now().checked_add(time));
                         self.life.becomes(MachineState::ShuttingDown, EventKind::PowerButton);
                         answer(to, Ok(()));

@@ -33,6 +33,7 @@ fn confined(
 }
 
 const FUNCTION: &str = "pci = [{ device = '0000:01:00.0' }]";
+const SPLIT: &str = "irqchip = 'split'";
 const IMAGE: &str = "disk = [{ format = 'raw', path = 'd' }]";
 const INTERNET: (c_long, [i64; 3]) = (libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_STREAM as i64, 0]);
 const PTRACE: (c_long, [i64; 3]) = (libc::SYS_ptrace, [-1, 0, 0]);
@@ -99,6 +100,13 @@ fn each_kind_asks_devices_for_what_its_machine_has_and_nothing_else() {
         // What is typed at the serial port, by the control socket or a terminal.
         (Control, "raises an interrupt", "", KVM | RAISE, true),
         (Console, "raises an interrupt", "", KVM | RAISE, true),
+        (Control, "sends a message", "", KVM | SEND, false),
+        (Control, "sends a message for its chip", SPLIT, KVM | SEND, true),
+        (Console, "sends a message for its chip", SPLIT, KVM | SEND, true),
+        (Vcpu, "sends a message for its chip", SPLIT, KVM | SEND, true),
+        (Vcpu, "raises an interrupt of another chip", SPLIT, KVM | RAISE, false),
+        (Control, "raises an interrupt of another chip", SPLIT, KVM | RAISE, false),
+        (Disk, "sends a message for its chip", SPLIT, KVM | SEND, false),
         (Control, "makes a machine", "", create, false),
         (Console, "runs a guest", "", run, false),
     ] {

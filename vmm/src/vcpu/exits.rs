@@ -38,6 +38,8 @@ reasons! {
     MmioRead = "mmio_read";
     /// The guest wrote a device's memory.
     MmioWrite = "mmio_write";
+    /// The guest ended a level-triggered interrupt of the I/O APIC (`irqchip = "split"`).
+    EndOfInterrupt = "end_of_interrupt";
     /// The vCPU halted and KVM left that to us.
     Halt = "halt";
     /// We, or a signal, called it out.

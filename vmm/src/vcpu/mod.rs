@@ -171,6 +171,10 @@ impl Vcpu {
                 self.devices.mmio_write(address, data);
                 (ExitReason::MmioWrite, Next::Again)
             }
+            VcpuExit::IoapicEoi(vector) => {
+                self.devices.end_of_interrupt(vector);
+                (ExitReason::EndOfInterrupt, Next::Again)
+            }
             VcpuExit::Hlt => (ExitReason::Halt, Next::Again),
             VcpuExit::Intr => (ExitReason::Interrupted, Next::Again),
             VcpuExit::Shutdown => (ExitReason::Shutdown, Next::Report(Event::TripleFault { vcpu: number })),

@@ -7,12 +7,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use host::vfio::Interrupt;
-use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Hardware;
 use super::space::{Msi, Space};
-use crate::interrupts::Interrupts;
+use crate::interrupts::{Interrupts, Line};
 use crate::pci::msix::{ENTRY, MsiX};
 
 /// Message control of MSI-X: on (PCI 3.0, 6.8.2.3).
@@ -32,30 +31,6 @@ pub(super) struct Lines {
     tied: Vec<bool>,
 }
 
-/// The interrupt line: what signals it, and what says that the guest is done with it.
-struct Line {
-    signal: EventFd,
-    done: EventFd,
-    number: u32,
-    vm: Arc<VmFd>,
-}
-
-impl Line {
-    /// A line on input `number` of the I/O APIC.
-    fn new(vm: Arc<VmFd>, number: u32) -> std::io::Result<Self> {
-        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let line = Self { signal: event()?, done: event()?, number, vm };
-        line.vm.register_irqfd_with_resample(&line.signal, &line.done, number)?;
-        Ok(line)
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        let _ = self.vm.unregister_irqfd(&self.signal, self.number);
-    }
-}
-
 impl Lines {
     /// As many vectors as `space` shows the guest, and a line on input `number` of the I/O APIC if the device has one.
     ///
@@ -72,7 +47,7 @@ impl Lines {
             tied: vec![false; msix.as_ref().map_or(0, |msix| msix.count().into())],
             msix,
             msi: space.msi.map(|_| vectors(1)).transpose()?,
-            line: number.map(|number| Line::new(interrupts.vm().clone(), number)).transpose()?,
+            line: number.map(|number| Line::new(interrupts.clone(), number)).transpose()?,
             active: None,
         })
     }

@@ -13,6 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::function::Passed;
 use super::space::Space;
 use super::{Extent, Hardware, Window, Windows};
+use crate::config::IrqChip;
 use crate::interrupts::Interrupts;
 use crate::pci::Function;
 
@@ -163,6 +164,10 @@ fn card() -> (Vec<u8>, [u64; 6]) {
 }
 
 fn machine() -> Option<(Arc<VmFd>, Arc<Interrupts>)> {
+    machine_with(IrqChip::Kernel)
+}
+
+fn machine_with(chip: IrqChip) -> Option<(Arc<VmFd>, Arc<Interrupts>)> {
     let Ok(kvm) = Kvm::new() else {
         println!("SKIPPED /dev/kvm is not there: cargo test -p cableway-vmm, as a user of group kvm");
         return None;
@@ -170,8 +175,7 @@ fn machine() -> Option<(Arc<VmFd>, Arc<Interrupts>)> {
     let vm = Arc::new(kvm.create_vm().unwrap());
     vm.set_identity_map_address(crate::layout::KVM_IDENTITY_MAP).unwrap();
     vm.set_tss_address(crate::layout::KVM_TSS).unwrap();
-    vm.create_irq_chip().unwrap();
-    Some((vm.clone(), Arc::new(Interrupts::new(vm))))
+    Some((vm.clone(), Arc::new(Interrupts::new(vm, chip).unwrap())))
 }
 
 fn passed(fake: &Fake, interrupts: &Arc<Interrupts>) -> Passed {
@@ -380,7 +384,7 @@ fn a_device_that_is_taken_away_reads_all_ones_and_takes_nothing() {
 
 #[test]
 fn whatever_a_guest_writes_only_listed_registers_of_the_device_change() {
-    let Some((_, interrupts)) = machine() else { return };
+    let Some((_, interrupts)) = machine_with(IrqChip::Split) else { return };
     let (raw, lengths) = card();
     let fake = Fake::new(raw, lengths);
     let function = passed(&fake, &interrupts);

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use kvm_ioctls::Kvm;
 
 use super::*;
-use crate::config::Config;
+use crate::config::{Config, IrqChip};
 use crate::rng::Rng;
 use crate::test_driver::{DATA, Driver};
 
@@ -68,8 +68,8 @@ fn function_on(device: Box<dyn VirtioDevice>, memory: &Arc<GuestMemory>) -> Opti
         return None;
     };
     let vm = Arc::new(kvm.create_vm().unwrap());
-    vm.create_irq_chip().unwrap();
-    let function = VirtioPci::new(device, BAR, memory.clone(), Arc::new(Interrupts::new(vm))).unwrap();
+    let interrupts = Arc::new(Interrupts::new(vm, IrqChip::Kernel).unwrap());
+    let function = VirtioPci::new(device, BAR, memory.clone(), interrupts).unwrap();
     function.write_config(4, &[2, 0]);
     Some(function)
 }

@@ -22,7 +22,7 @@ pub(crate) fn serve(guest: &Guest, run_dir: &Path) -> (Door, ControlServer) {
     (door, server)
 }
 
-fn printed(door: &Door) -> u64 {
+pub(crate) fn printed(door: &Door) -> u64 {
     client::get_bytes_at(door, "/v1/console", NEXT).unwrap().0
 }
 

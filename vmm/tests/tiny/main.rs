@@ -5,6 +5,7 @@
 
 mod asked;
 mod guest;
+mod interrupt;
 mod late;
 mod poll;
 
@@ -116,6 +117,22 @@ fn a_guest_that_ignores_the_power_button_is_ended_after_its_time() {
     guest.remote().shutdown();
     assert_eq!(guest.end().0, Ended::Stopped);
     assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
+#[test]
+fn what_is_typed_interrupts_the_guest_through_either_io_apic() {
+    use interrupt::{LEVEL, REMOTE_IRR, key_arrives};
+    let under_way = LEVEL | REMOTE_IRR;
+    for (chip, trigger, expected) in [
+        ("kernel", 0, [0, 0]),
+        ("split", 0, [0, 0]),
+        // KVM's I/O APIC has no EOI register.
+        ("kernel", LEVEL, [under_way, under_way]),
+        ("split", LEVEL, [under_way, LEVEL]),
+    ] {
+        let Some(seen) = key_arrives(trigger, &format!("irqchip = '{chip}'")) else { return };
+        assert_eq!(seen, expected, "{chip}, trigger {trigger:#x}");
+    }
 }
 
 #[test]

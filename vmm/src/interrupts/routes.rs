@@ -1,4 +1,4 @@
-//! Message-signalled interrupts: which KVM interrupt stands for which message.
+//! Which KVM interrupt stands for which message.
 //!
 //! Owns the routing table of a machine, which KVM only takes whole. A vector gets a route when the guest first unmasks it,
 //! so that vectors nobody uses cost nothing.
@@ -11,46 +11,40 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use super::{Message, PINS};
 use crate::device::lock;
 
-/// Inputs of the I/O APIC: interrupts below this number are its.
-const IO_APIC_PINS: u32 = 24;
 /// Routes that KVM takes at most (KVM_MAX_IRQ_ROUTES).
 const MOST: u32 = 4096;
 
-/// What a device writes to interrupt a vCPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct Message {
-    pub(crate) address: u64,
-    pub(crate) data: u32,
-}
-
 /// The routing table.
-pub(crate) struct Interrupts {
+pub(super) struct Routes {
     vm: Arc<VmFd>,
+    /// The first interrupts are the inputs of KVM's own I/O APIC.
+    own_pins: bool,
     table: Mutex<Table>,
 }
 
 #[derive(Default)]
 struct Table {
-    routes: BTreeMap<u32, Message>,
+    messages: BTreeMap<u32, Message>,
     given: u32,
 }
 
-impl Interrupts {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, table: Mutex::default() }
+impl Routes {
+    pub(super) fn new(vm: Arc<VmFd>, own_pins: bool) -> Self {
+        Self { vm, own_pins, table: Mutex::default() }
     }
 
     /// The machine that they belong to.
-    pub(crate) fn vm(&self) -> &Arc<VmFd> {
+    pub(super) fn vm(&self) -> &Arc<VmFd> {
         &self.vm
     }
 
-    /// A number for a vector; `None` when all are given away.
-    pub(crate) fn number(&self) -> Option<u32> {
+    /// A number that no input of the I/O APIC has; `None` when all are given away.
+    pub(super) fn number(&self) -> Option<u32> {
         let mut table = lock(&self.table);
-        let number = IO_APIC_PINS + table.given;
+        let number = PINS + table.given;
         table.given += 1;
         (number < MOST).then_some(number)
     }
@@ -59,33 +53,46 @@ impl Interrupts {
     ///
     /// # Errors
     /// KVM does not take the message.
-    pub(crate) fn route(&self, number: u32, message: Message) -> Result<(), kvm_ioctls::Error> {
-        let mut table = lock(&self.table);
-        let before = table.routes.insert(number, message);
-        if before == Some(message) {
-            return Ok(());
-        }
-        let set = self.set(&table);
-        if set.is_err() {
-            // A message that KVM refuses must not stand in the way of other vectors.
-            match before {
-                Some(before) => table.routes.insert(number, before),
-                None => table.routes.remove(&number),
-            };
-        }
-        set
+    pub(super) fn route(&self, number: u32, message: Message) -> Result<(), kvm_ioctls::Error> {
+        self.set(number, Some(message))
     }
 
-    fn set(&self, table: &Table) -> Result<(), kvm_ioctls::Error> {
+    /// Routes interrupt `number` to nothing.
+    ///
+    /// # Errors
+    /// KVM does not do it.
+    pub(super) fn unroute(&self, number: u32) -> Result<(), kvm_ioctls::Error> {
+        self.set(number, None)
+    }
+
+    fn set(&self, number: u32, message: Option<Message>) -> Result<(), kvm_ioctls::Error> {
+        let mut table = lock(&self.table);
+        let put = |table: &mut Table, message| match message {
+            Some(message) => table.messages.insert(number, message),
+            None => table.messages.remove(&number),
+        };
+        let before = put(&mut table, message);
+        if before == message {
+            return Ok(());
+        }
+        let given = self.give(&table);
+        if given.is_err() {
+            // A message that KVM refuses must not stand in the way of others.
+            put(&mut table, before);
+        }
+        given
+    }
+
+    fn give(&self, table: &Table) -> Result<(), kvm_ioctls::Error> {
         let mut entries: Vec<kvm_irq_routing_entry> = Vec::new();
-        for pin in 0..IO_APIC_PINS {
+        for pin in 0..if self.own_pins { PINS } else { 0 } {
             let mut entry =
                 kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
             entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
             entry.u.irqchip.pin = pin;
             entries.push(entry);
         }
-        for (gsi, message) in &table.routes {
+        for (gsi, message) in &table.messages {
             let mut entry =
                 kvm_irq_routing_entry { gsi: *gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
             entry.u.msi.address_lo = message.address as u32;

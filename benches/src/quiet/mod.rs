@@ -139,6 +139,10 @@ pub enum QuietError {
 /// # Errors
 /// See [`QuietError`]; nothing goes on running.
 pub fn run(plan: &Plan, stop: &AtomicBool, mut progress: impl FnMut(Test)) -> Result<Report, QuietError> {
+    // What keeps the last test from its end is said before the first one.
+    if plan.trace && plan.tests.iter().any(|planned| planned.test == Test::Jitter) {
+        trace::tracefs()?;
+    }
     let mut without = Vec::new();
     let _awake = stay_awake(&mut without);
     let mut results = Vec::new();
@@ -278,6 +282,16 @@ mod tests {
         assert!(jitter.times.samples > 10_000, "{}", jitter.times.samples);
         assert!(jitter.times.min_ns.unwrap() < 1_000.0, "{:?}", jitter.times);
         assert!(wakeup.gaps.is_none() && jitter.gaps.is_some());
+    }
+
+    #[test]
+    fn a_trace_that_cannot_be_had_is_said_before_anything_is_measured() {
+        let mut seen = Vec::new();
+        let plan = Plan { trace: true, ..plan(vec![Test::Wakeup, Test::Jitter]) };
+        match run(&plan, &AtomicBool::new(false), |test| seen.push(test)) {
+            Err(QuietError::Trace(_)) => assert_eq!(seen, []),
+            other => assert_eq!(other.unwrap().results.len(), 2),
+        }
     }
 
     #[test]

@@ -48,14 +48,7 @@ impl Trace {
     /// Begins, on these cores.
     pub(super) fn start(cores: &[u32]) -> Result<Self, QuietError> {
         let failed = |error| QuietError::Trace(error);
-        let mounts = fs::read_to_string("/proc/self/mounts").map_err(failed)?;
-        let tracefs = mounts.lines().find_map(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            let place = words.next()?;
-            (words.next()? == "tracefs").then(|| PathBuf::from(place))
-        });
-        let hint = "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing";
-        let tracefs = tracefs.ok_or_else(|| failed(io::Error::other(hint)))?;
+        let tracefs = tracefs()?;
         // What was left by one who was killed goes on costing.
         for entry in fs::read_dir(tracefs.join("instances")).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -98,6 +91,24 @@ impl Trace {
         let text = fs::read_to_string(file).map_err(QuietError::Trace)?;
         Ok(attribute(&text, times))
     }
+}
+
+/// Where tracefs is.
+///
+/// # Errors
+/// Nowhere, or nothing can be traced there.
+pub(super) fn tracefs() -> Result<PathBuf, QuietError> {
+    let mounts = fs::read_to_string("/proc/self/mounts").map_err(QuietError::Trace)?;
+    let tracefs = mounts.lines().find_map(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        let place = words.next()?;
+        (words.next()? == "tracefs").then(|| PathBuf::from(place))
+    });
+    let hint = "tracefs is not mounted: mount -t tracefs tracefs /sys/kernel/tracing";
+    let tracefs = tracefs.ok_or_else(|| QuietError::Trace(io::Error::other(hint)))?;
+    nix::unistd::access(&tracefs.join("instances"), nix::unistd::AccessFlags::W_OK)
+        .map_err(|error| QuietError::Trace(error.into()))?;
+    Ok(tracefs)
 }
 
 impl Drop for Trace {

@@ -3,6 +3,8 @@
 //! Owns the words of `cpuid`; the base is what KVM supports here, so that nothing is promised which KVM does not keep. Leaf
 //! numbers: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E; for 0x4000_00xx Linux, Documentation/virt/kvm/x86/cpuid.rst.
 
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -32,8 +34,10 @@ impl Model {
     ) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let deadline_timer = kvm.check_extension(Cap::TscDeadlineTimer);
+        let made_anew = |function| is_topology(function) || NAME.contains(&function);
         let mut base: Vec<_> =
-            supported.as_slice().iter().filter(|e| !is_topology(e.function)).copied().collect();
+            supported.as_slice().iter().filter(|e| !made_anew(e.function)).copied().collect();
+        base.extend(name());
         for entry in &mut base {
             match entry.function {
                 1 => {
@@ -119,6 +123,22 @@ impl Model {
     }
 }
 
+/// Leaves with the processor's name, which KVM leaves to us: a guest that has none shows numbers instead.
+const NAME: std::ops::RangeInclusive<u32> = 0x8000_0002..=0x8000_0004;
+
+/// The host's processor's name, if it has one.
+fn name() -> Vec<kvm_cpuid_entry2> {
+    if __cpuid(0x8000_0000).eax < *NAME.end() {
+        return Vec::new();
+    }
+    let leaf = |function| {
+        let words = __cpuid(function);
+        let (eax, ebx, ecx, edx) = (words.eax, words.ebx, words.ecx, words.edx);
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+    };
+    NAME.map(leaf).collect()
+}
+
 /// Leaves that describe the host's topology and are made anew for the guest.
 fn is_topology(function: u32) -> bool {
     matches!(function, 0xb | 0x1f | 0x8000_0026)
@@ -164,6 +184,26 @@ mod tests {
         let topology = Topology { sockets: 2, cores: 3, threads: 2 };
         let ids: Vec<_> = (0..topology.vcpus()).map(|n| topology.apic_id(n)).collect();
         assert_eq!(ids, [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
+    }
+
+    #[test]
+    fn a_guest_is_told_the_name_of_the_hosts_processor_once() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("skipped: no /dev/kvm");
+            return;
+        };
+        let topology = Topology { sockets: 1, cores: 1, threads: 1 };
+        let model = Model::of_host(&kvm, topology, Choices { pmu: true, dedicated: false }).unwrap();
+        let cpuid = model.of_vcpu(0).unwrap();
+        let leaves = cpuid.as_slice().iter().filter(|entry| NAME.contains(&entry.function));
+        let words = leaves.flat_map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
+        let told: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+        let told = String::from_utf8_lossy(&told).trim_matches(['\0', ' ']).to_owned();
+        // As Linux tells it here: `model name : AMD EPYC Processor`.
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        let here =
+            cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).unwrap().1;
+        assert_eq!(told.split_whitespace().collect::<Vec<_>>(), here.split_whitespace().collect::<Vec<_>>());
     }
 
     #[test]

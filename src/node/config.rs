@@ -258,6 +258,13 @@ impl Machine<'_, '_> {
     pub(super) fn at(&self, key: &str) -> Range<usize> {
         self.table.get_key_value(key).map_or_else(|| self.at.clone(), |(key, _)| key.span())
     }
+
+    /// Where `key` is in table number `n` of the list `name`, or the list, or the whole machine.
+    pub(super) fn at_in(&self, name: &str, n: usize, key: &str) -> Range<usize> {
+        let tables = self.table.get(name).and_then(|list| list.get_ref().as_array());
+        let table = tables.and_then(|list| list.get(n)).and_then(|table| table.get_ref().as_table());
+        table.and_then(|table| table.get_key_value(key)).map_or_else(|| self.at(name), |(key, _)| key.span())
+    }
 }
 
 impl<'a, 'd> Reader<'a, 'd, '_> {
@@ -426,6 +433,16 @@ impl<'a, 'd> Reader<'a, 'd, '_> {
 
     /// Says what is wrong with a machine's key.
     pub(super) fn add(&mut self, machine: &Machine<'_, '_>, key: &str, message: impl std::fmt::Display) {
-        self.problems.add(machine.at(key), format!("machine `{}`: {message}", machine.config.name));
+        self.add_at(machine, machine.at(key), message);
+    }
+
+    /// Says what is wrong at a place of a machine's table.
+    pub(super) fn add_at(
+        &mut self,
+        machine: &Machine<'_, '_>,
+        at: Range<usize>,
+        message: impl std::fmt::Display,
+    ) {
+        self.problems.add(at, format!("machine `{}`: {message}", machine.config.name));
     }
 }

@@ -99,6 +99,14 @@ fn cores(node: &Node) -> Result<comfy_table::Table> {
             .iter()
             .flatten()
             .for_each(|core| add(*core, format!("emulator of {}", machine.name)));
+        for disk in &machine.disk {
+            let threads = usize::from(disk.iothreads);
+            // In turn, as the machine does it.
+            let cores = disk.iothread_cores.iter().flat_map(|cores| cores.iter().cycle().take(threads));
+            for core in cores.copied().collect::<BTreeSet<_>>() {
+                add(core, format!("{} of {}", disk.name, machine.name));
+            }
+        }
     }
     let root = Path::new("/");
     let machine = Machine::read(root)?;

@@ -3,6 +3,7 @@
 //! Owns the rules between the switch and its machines. What each part means by itself its own crate has judged.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use host::memory::Pages;
@@ -16,6 +17,44 @@ use super::config::{Host, Machine, Nic, Pool, Reader};
 use super::state::Kind;
 use super::virtuals;
 use crate::output;
+
+/// A core that a machine's file names.
+struct Claim {
+    /// Where the file does.
+    at: Range<usize>,
+    key: &'static str,
+    core: u32,
+    what: String,
+    /// Whether nobody else may be there.
+    alone: bool,
+}
+
+/// All of a machine's, those that it has alone first.
+fn claims(machine: &Machine<'_, '_>) -> Vec<Claim> {
+    let config = &machine.config;
+    let mut claims = Vec::new();
+    let mut add = |at: Range<usize>, key, cores: &Option<Vec<u32>>, alone, what: &dyn Fn(usize) -> String| {
+        let cores = cores.iter().flatten().enumerate();
+        claims.extend(cores.map(|(n, core)| Claim {
+            at: at.clone(),
+            key,
+            core: *core,
+            what: what(n),
+            alone,
+        }));
+    };
+    let of_vcpus = |n| format!("vCPU {n}");
+    add(machine.at("vcpu_cores"), "vcpu_cores", &config.vcpu_cores, true, &of_vcpus);
+    let of_emulator = |_| "an emulator thread".to_owned();
+    add(machine.at("emulator_cores"), "emulator_cores", &config.emulator_cores, false, &of_emulator);
+    for (n, disk) in config.disk.iter().enumerate() {
+        let key = "iothread_cores";
+        add(machine.at_in("disk", n, key), key, &disk.iothread_cores, false, &|_| {
+            format!("a thread of {}", disk.name)
+        });
+    }
+    claims
+}
 
 impl Reader<'_, '_, '_> {
     /// A machine's name is its own, and nobody else's in logs and `status`.
@@ -32,7 +71,7 @@ impl Reader<'_, '_, '_> {
         }
     }
 
-    /// A worker's or vCPU's core has one task; emulator threads and housekeeping share theirs.
+    /// A worker's or vCPU's core has one task; housekeeping, emulator threads and those of disks share theirs.
     pub(super) fn cores(&mut self, switch: Option<&switch::config::Config>, machines: &[Machine<'_, '_>]) {
         // Whose, for what, alone.
         let mut taken: HashMap<u32, (String, bool)> = HashMap::new();
@@ -43,25 +82,18 @@ impl Reader<'_, '_, '_> {
             taken.extend(others.chain(workers));
         }
         for machine in machines {
-            let config = &machine.config;
-            let mut mine = Vec::new();
-            for (key, cores, alone) in
-                [("vcpu_cores", &config.vcpu_cores, true), ("emulator_cores", &config.emulator_cores, false)]
-            {
-                for (n, core) in cores.iter().flatten().enumerate() {
-                    match taken.get(core) {
-                        Some((whose, theirs)) if alone || *theirs => {
-                            self.add(
-                                machine,
-                                key,
-                                format!("`{key}`: core {core} is {whose} already; a core has one task"),
-                            );
-                        }
-                        _ => {
-                            let what =
-                                if alone { format!("vCPU {n}") } else { "an emulator thread".to_owned() };
-                            mine.push((*core, (format!("{what}'s of machine `{}`", config.name), alone)));
-                        }
+            // Within one machine its own reading has looked.
+            let mut mine = HashMap::new();
+            for Claim { at, key, core, what, alone } in claims(machine) {
+                match taken.get(&core) {
+                    Some((whose, theirs)) if alone || *theirs => {
+                        let message = format!("`{key}`: core {core} is {whose} already; a core has one task");
+                        self.add_at(machine, at, message);
+                    }
+                    _ => {
+                        mine.entry(core).or_insert_with(|| {
+                            (format!("{what}'s of machine `{}`", machine.config.name), alone)
+                        });
                     }
                 }
             }

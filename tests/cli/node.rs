@@ -370,6 +370,72 @@ fn two_vms_on_one_core_too_many_pages_an_unknown_device_a_port_twice_and_a_vm_wi
 }
 
 #[test]
+fn a_disks_threads_are_part_of_the_plan_and_have_no_core_that_polls() {
+    let worker = core();
+    let permitted = host::topology::permitted_cores().unwrap();
+    let Some(other) = permitted.iter().find(|core| *core != worker) else {
+        println!("SKIPPED this machine has one core");
+        return;
+    };
+    let place = Place::new("");
+    let file = |name: &str| place.0.path().join(name);
+    let mut bytes = vec![0; 2048];
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    fs::write(file("vmlinuz"), bytes).unwrap();
+    ["a", "b"].iter().for_each(|name| fs::write(file(name), [0; 4096]).unwrap());
+    let vm = |name: &str, rest: String| {
+        let (kernel, disk) = (file("vmlinuz"), file(name));
+        format!(
+            "[[vm]]\nname = \"{name}\"\nkernel = {kernel:?}\nmemory = \"64 MiB\"\n{rest}[[vm.disk]]\nformat = \"raw\"\npath = {disk:?}\n"
+        )
+    };
+    // Beside a worker, and beside a vCPU, whichever of the two is first in the file.
+    place.write(&format!(
+        "{}{}iothread_cores = [{worker}]\n{}iothread_cores = [{other}]\n",
+        port("p"),
+        vm("a", format!("vcpu_cores = [{other}]\n")),
+        vm("b", String::new()),
+    ));
+    let plan = place.up(&["--plan"]);
+    let said = text(&plan.stderr);
+    assert_eq!(plan.status.code(), Some(2), "{said}");
+    let text_of_file = fs::read_to_string(place.file()).unwrap();
+    let line_of = |words: &str| 1 + text_of_file[..text_of_file.find(words).unwrap()].matches('\n').count();
+    for (cores, machine, whose) in [
+        (format!("iothread_cores = [{worker}]"), "a", "a worker's".to_owned()),
+        (format!("iothread_cores = [{other}]"), "b", "vCPU 0's of machine `a`".to_owned()),
+    ] {
+        let (line, core) = (line_of(&cores), if machine == "a" { worker } else { other });
+        let message = format!(
+            "node.toml:{line}:1: machine `{machine}`: `iothread_cores`: core {core} is {whose} already; a core has one task"
+        );
+        assert!(said.contains(&message), "{message}\n{said}");
+    }
+    place.write(&format!(
+        "{}{}iothread_cores = [{other}]\n{}",
+        port("p"),
+        vm("a", String::new()),
+        vm("b", format!("vcpu_cores = [{other}]\n")),
+    ));
+    let said = text(&place.up(&["--plan"]).stderr);
+    assert!(
+        said.contains(&format!("`vcpu_cores`: core {other} is a thread of disk0's of machine `a` already")),
+        "{said}"
+    );
+
+    // Two that sleep most of the time share one.
+    place.write(&format!(
+        "{}{}iothread_cores = [{other}]\n{}iothread_cores = [{other}]\n",
+        port("p"),
+        vm("a", String::new()),
+        vm("b", String::new()),
+    ));
+    let plan = place.up(&["--plan"]);
+    let said = text_of(&plan);
+    assert!(plan.status.success() && said.contains("disk0 of a, disk0 of b"), "{said}");
+}
+
+#[test]
 fn a_function_of_the_host_has_one_user_and_must_be_there() {
     let place = Place::new("");
     let kernel = place.0.path().join("vmlinuz");

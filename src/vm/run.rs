@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use vmm::config::{Config, OnReboot, Seccomp};
 use vmm::control::{door, router};
 use vmm::life::Life;
-use vmm::machine::{Ended, Machine, Remote, become_emulator};
+use vmm::machine::{Ended, Machine, become_emulator};
 use vmm::preflight::Preflight;
 use vmm::sandbox::{self, Confined, SandboxError, ThreadKind};
 
@@ -25,9 +25,6 @@ use crate::output::refuse;
 const PANICKED: u8 = 3;
 const TRIPLE_FAULT: u8 = 4;
 const FAILED: u8 = 5;
-
-/// What signals ask the machine with; `None` until it runs.
-type Target = Arc<Mutex<Option<Remote>>>;
 
 /// Runs the machine until its guest ends, again and again where the guest reboots.
 ///
@@ -66,8 +63,7 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
         Ok(confined) => confined,
         Err(error) => return Ok(refuse(error)),
     };
-    let target = Target::default();
-    obey_signals(target.clone())?;
+    obey_signals(life.clone())?;
     let _server: Option<ControlServer> = socket
         .map(|(socket, _)| socket.serve(router(life.clone()), || confine_thread(ThreadKind::Control)))
         .transpose()?;
@@ -75,9 +71,14 @@ pub(super) fn run(config: &Config, run_dir: Option<&Path>, filter: Option<&str>)
         let began = Instant::now();
         let mut machine = match Machine::start(config, &preflight, &life) {
             Ok(machine) => machine,
+            Err(error) if life.is_ending() => {
+                tracing::debug!("{error}");
+                tracing::info!("{} was ended", config.name);
+                life.ended();
+                return Ok(ExitCode::SUCCESS);
+            }
             Err(error) => return Ok(refuse(error)),
         };
-        *target.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.remote());
         crate::ready::tell();
         tracing::info!("{} started in {:.1} ms", config.name, began.elapsed().as_secs_f64() * 1e3);
         // Where every microsecond of a vCPU counts, nothing is fetched later.
@@ -181,20 +182,22 @@ fn confine_thread(kind: ThreadKind) {
     }
 }
 
-/// SIGTERM presses the power button, once; SIGINT, or a second SIGTERM, ends the machine.
-fn obey_signals(target: Target) -> Result<()> {
+/// SIGTERM presses the power button, once; SIGINT, a second SIGTERM, or one that no guest can hear, ends the machine.
+fn obey_signals(life: Arc<Life>) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("waiting for signals")?;
     let watch = move || {
         confine_thread(ThreadKind::Signals);
         let mut asked = false;
         for signal in signals.forever() {
-            let remote = target.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match remote {
-                Some(remote) if signal == SIGTERM && !asked => remote.shutdown(),
-                Some(remote) => remote.kill(),
-                // It is still being put together, and nothing of it outlives the process.
-                None => std::process::exit(0),
+            if signal == SIGTERM && !asked && life.shutdown() {
+                asked = true;
+                continue;
             }
+            // A start hears of it between two steps, of which one may fill a terabyte of memory: nothing of it outlives the process.
+            if life.is_ending() && life.is_starting() {
+                std::process::exit(0);
+            }
+            life.kill();
             asked = true;
         }
     };

@@ -19,6 +19,7 @@ mod raw;
 mod systemd;
 mod top;
 mod vm;
+mod vm_end;
 mod vm_sandbox;
 mod world;
 

@@ -11,7 +11,7 @@ use crate::vm::elf;
 use crate::world::{CABLEWAY, Place, Running, eventually};
 
 /// Whether KVM can be used; says so if not.
-fn no_kvm() -> bool {
+pub(crate) fn no_kvm() -> bool {
     let missing = fs::File::options().read(true).write(true).open("/dev/kvm").err();
     if let Some(error) = &missing {
         println!("SKIPPED /dev/kvm: {error}");

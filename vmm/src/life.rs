@@ -7,10 +7,12 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use host::program::is_journal;
+use tokio::sync::oneshot;
 
 use crate::config::{Config, SerialTo};
 use crate::control::report::{
@@ -18,7 +20,7 @@ use crate::control::report::{
 };
 use crate::device::{Devices, lock};
 use crate::journal::JournalLines;
-use crate::machine::{Remote, Take};
+use crate::machine::{Done, Remote, Take};
 use crate::scrollback::Scrollback;
 use crate::vcpu::VcpuPlace;
 
@@ -31,6 +33,7 @@ pub struct Life {
     began: Instant,
     now: Mutex<Now>,
     events: Events,
+    ending: Ending,
     pub(crate) serial: Arc<Scrollback>,
     pub(crate) console: Arc<Scrollback>,
     /// Where the two go, if to files: opened once, so that a reboot needs no right to open them.
@@ -50,6 +53,16 @@ pub(crate) struct Parts {
     pub(crate) devices: Arc<Devices>,
     pub(crate) serial: Option<Take>,
     pub(crate) console: Option<Take>,
+}
+
+/// Whether somebody asked for the machine's end: whoever waits while it is put together looks here.
+#[derive(Clone, Default)]
+pub(crate) struct Ending(Arc<AtomicBool>);
+
+impl Ending {
+    pub(crate) fn is_asked(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// What happened, in order; the oldest is forgotten.
@@ -104,6 +117,7 @@ impl Life {
             began: Instant::now(),
             now: Mutex::new(Now { state: MachineState::Starting, boots: 0, parts: None }),
             events: Events::new(),
+            ending: Ending::default(),
             serial: Arc::default(),
             console: Arc::default(),
             files,
@@ -136,11 +150,54 @@ impl Life {
         &self.events
     }
 
-    /// It runs, for the first time or again.
-    pub(crate) fn runs(&self, parts: Parts) {
+    /// It runs, for the first time or again; not if it is to end.
+    #[must_use]
+    pub(crate) fn runs(&self, parts: Parts) -> bool {
         let mut now = lock(&self.now);
+        if self.is_ending() {
+            return false;
+        }
         *now = Now { state: MachineState::Running, boots: now.boots + 1, parts: Some(parts) };
         self.events.note(EventKind::Started, None);
+        true
+    }
+
+    /// Ends the machine at once, and for good: the guest if there is one, whose answer is returned, or the start that is under way.
+    pub(crate) fn end(&self) -> Option<oneshot::Receiver<Done>> {
+        // Either the guest that begins just now sees it, or it is asked.
+        let now = lock(&self.now);
+        self.ending.0.store(true, Ordering::Release);
+        now.parts.as_ref().map(|parts| parts.remote.end())
+    }
+
+    /// Ends the machine at once, and for good, whether it has a guest or is being put together.
+    pub fn kill(&self) {
+        drop(self.end());
+    }
+
+    /// Presses the power button; whether there was a guest to hear it. Waits until then: a machine that rests or goes on takes
+    /// that long.
+    pub fn shutdown(&self) -> bool {
+        self.remote().is_some_and(|remote| remote.shutdown_within(None).blocking_recv().is_ok())
+    }
+
+    /// Whether it never had a guest, and has none yet.
+    pub fn is_starting(&self) -> bool {
+        self.state() == MachineState::Starting
+    }
+
+    /// Whether somebody asked for its end.
+    pub fn is_ending(&self) -> bool {
+        self.ending.is_asked()
+    }
+
+    pub(crate) fn ending(&self) -> Ending {
+        self.ending.clone()
+    }
+
+    /// It ended before its guest began.
+    pub fn ended(&self) {
+        self.becomes(MachineState::Ended, EventKind::Killed);
     }
 
     /// It is in another state because of `why`.

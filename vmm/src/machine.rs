@@ -15,7 +15,7 @@ use host::topology::CoreSet;
 use kvm_bindings::{
     KVM_CAP_HALT_POLL, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_DISABLE_EXITS, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 
 use crate::boot::BootError;
 use crate::config::{Config, NetBack, SerialTo};
@@ -26,7 +26,7 @@ use crate::device::{Devices, lock};
 use crate::disk::image::Image;
 use crate::disk::{Disk, DiskError};
 use crate::interrupts::Interrupts;
-use crate::life::{Events, Life, Parts};
+use crate::life::{Life, Parts};
 use crate::memory::{GuestMemory, GuestMemoryError};
 use crate::net::tap::TapCard;
 use crate::net::{Net, NetError};
@@ -47,6 +47,9 @@ use asked::Request;
 /// Why a machine did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// Somebody asked for its end meanwhile.
+    #[error("the machine was told to end before its guest began")]
+    Ended,
     /// Something was seen to be wrong before anything was taken.
     #[error(transparent)]
     Preflight(#[from] PreflightError),
@@ -158,10 +161,13 @@ impl Machine {
     /// What could not be had; nothing is left behind.
     pub fn start(config: &Config, preflight: &Preflight, life: &Arc<Life>) -> Result<Self, StartError> {
         let kvm = |doing| move |source| StartError::Kvm { doing, source };
+        let go_on = || if life.is_ending() { Err(StartError::Ended) } else { Ok(()) };
+        go_on()?;
         for exit in preflight.refused_exits() {
             tracing::warn!("`disable_exits`: KVM here does not let {} go without an exit", exit.word());
         }
         let memory = Arc::new(GuestMemory::new(config)?);
+        go_on()?;
         let vm = Arc::new(preflight.kvm.create_vm().map_err(kvm("create a machine"))?);
         prepare(&vm, config, preflight)?;
         let interrupts = Interrupts::new(vm.clone(), config.irqchip);
@@ -197,8 +203,7 @@ impl Machine {
             None => None,
         };
         // It may be waited for a back end: before a terminal passes every key on, so that Ctrl-C still ends it.
-        let bus =
-            bus(config, &preflight.disks, virtio, &interrupts, &memory, model.address_bits(), life.events())?;
+        let bus = bus(config, &preflight.disks, virtio, &interrupts, &memory, model.address_bits(), life)?;
         let port = match life.sink(Port::Serial).map_err(StartError::Console)? {
             Some(sink) => {
                 let (console, output) = Console::new(sink, &life.serial).map_err(StartError::Console)?;
@@ -252,16 +257,23 @@ impl Machine {
             }
             let core = config.vcpu_cores.as_ref().and_then(|cores| cores.get(number as usize).copied());
             let scheduling = Scheduling { core, priority: config.vcpu_priority };
-            let vcpu = Vcpu { number, fd, devices: devices.clone(), events: event_sender.clone() };
+            let enters_kvm = number == 0 && preflight.kvm.check_extension(Cap::ImmediateExit);
+            let vcpu =
+                Vcpu { number, fd, devices: devices.clone(), events: event_sender.clone(), enters_kvm };
             machine.vcpus.push(vcpu.start(scheduling, closed.clone())?);
         }
-        life.runs(Parts {
+        let runs = life.runs(Parts {
             remote: machine.remote(),
             vcpus: machine.vcpus.iter().map(|vcpu| vcpu.place().clone()).collect(),
             devices,
             serial: serial_take,
             console: console_take,
         });
+        if !runs {
+            // While `gate` is closed: none of them enters the guest.
+            machine.vcpus.iter().for_each(RunningVcpu::tell);
+            return Err(StartError::Ended);
+        }
         drop(gate);
         Ok(machine)
     }
@@ -335,7 +347,7 @@ fn bus(
     interrupts: &Arc<Interrupts>,
     memory: &Arc<GuestMemory>,
     address_bits: u8,
-    events: &Events,
+    life: &Life,
 ) -> Result<PciBus, StartError> {
     let mut bus = PciBus::new();
     // Before a back end is waited for: what is refused is refused at once.
@@ -347,7 +359,9 @@ fn bus(
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for card in &config.net {
         devices.push(match &card.back {
-            NetBack::VhostUser(back) => Box::new(Net::new(card, back, memory.clone(), events.clone())?),
+            NetBack::VhostUser(back) => {
+                Box::new(Net::new(card, back, memory.clone(), life.events().clone(), life.ending())?)
+            }
             NetBack::Tap(interface) => Box::new(TapCard::new(card, interface, &for_rings)?),
         });
     }

@@ -119,11 +119,12 @@ async fn tell(life: &Life, what: impl FnOnce(&Remote) -> oneshot::Receiver<Done>
         Ok(Ok(Err(why))) => failure(StatusCode::CONFLICT, why),
         // It ended before it came to this.
         Ok(Err(_)) => failure(StatusCode::CONFLICT, "the machine ended meanwhile"),
-        Err(_) => failure(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("the machine did not do it within {} s", OBEY.as_secs()),
-        ),
+        Err(_) => late(),
     }
+}
+
+fn late() -> Response {
+    failure(StatusCode::SERVICE_UNAVAILABLE, format!("the machine did not do it within {} s", OBEY.as_secs()))
 }
 
 /// Brings vCPUs and devices to rest.
@@ -163,11 +164,17 @@ async fn shutdown(State(life): Machine, Query(query): Query<ShutdownQuery>) -> R
     tell(&life, |remote| remote.shutdown_within(timeout)).await
 }
 
-/// Ends the machine at once.
+/// Ends the machine at once, also between two boots and while it waits for a back end.
 #[utoipa::path(post, path = "/v1/kill",
-    responses((status = 200, body = ActionReport), (status = 409, description = "It has no guest", body = Failure)))]
+    responses((status = 200, body = ActionReport), (status = 503, description = "It does not hear", body = Failure)))]
 async fn kill(State(life): Machine) -> Response {
-    tell(&life, Remote::end).await
+    // A guest that ended before it came to this does not begin again.
+    if let Some(answered) = life.end()
+        && timeout(OBEY, answered).await.is_err()
+    {
+        return late();
+    }
+    Json(ActionReport { state: MachineState::Ended }).into_response()
 }
 
 /// Which console, and from where on.

@@ -19,7 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio::features;
 
 use crate::config::{NetConfig, VhostUserConfig};
-use crate::life::Events;
+use crate::life::{Ending, Events};
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::sandbox::{self, ThreadKind};
@@ -76,6 +76,9 @@ pub enum NetError {
         /// What may help.
         hint: &'static str,
     },
+    /// The machine is to end, and so is the wait.
+    #[error("`net`: the machine was told to end before {0} had its back end")]
+    Ended(String),
     /// No more descriptors or threads.
     #[error("`net`: {0}")]
     System(#[from] std::io::Error),
@@ -123,15 +126,16 @@ impl Teller {
 }
 
 impl Net {
-    /// Meets the back end and makes a card that offers what it offers.
+    /// Meets the back end and makes a card that offers what it offers. Is not waited for when the machine is `ending`.
     ///
     /// # Errors
-    /// The socket cannot be listened on.
+    /// The socket cannot be listened on; the machine ends.
     pub(crate) fn new(
         config: &NetConfig,
         back: &VhostUserConfig,
         memory: Arc<GuestMemory>,
         events: Events,
+        ending: Ending,
     ) -> Result<Self, NetError> {
         let packed = if back.packed { features::RING_PACKED } else { 0 };
         let several = if back.pairs > 1 { features::NET_MQ } else { 0 };
@@ -153,6 +157,7 @@ impl Net {
             rests: rests.clone(),
             connected: connected.clone(),
             events,
+            ending,
         };
         let (mut session, theirs) = Session::begin(config, back, wanted, memory, ties)?;
         let mtu = if config.mtu.is_some() { features::NET_MTU } else { 0 };

@@ -24,7 +24,7 @@ use super::control::CardState;
 use super::{NetError, QUEUES};
 use crate::config::{NetConfig, VhostUserConfig};
 use crate::control::report::EventKind;
-use crate::life::Events;
+use crate::life::{Ending, Events};
 use crate::memory::GuestMemory;
 use crate::virtio_pci::{Activation, QueueSetup};
 use crate::worker::PACKED_START;
@@ -32,6 +32,8 @@ use crate::worker::PACKED_START;
 /// How long an answer may take, and all of those to what is asked at once, and how long a back end may take to learn of all rings.
 const PATIENCE: Duration = Duration::from_secs(5);
 const TELLING: Duration = Duration::from_secs(10);
+/// How long a back end may take for its first answers when the machine starts without waiting for it.
+const AT_ONCE: Duration = Duration::from_millis(100);
 /// How often a back end that is not there is looked for.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -62,6 +64,8 @@ pub(super) struct Ties {
     /// There is a back end.
     pub(super) connected: Arc<AtomicBool>,
     pub(super) events: Events,
+    /// The machine ends before it began.
+    pub(super) ending: Ending,
 }
 
 /// What a back end has of what we want.
@@ -137,12 +141,13 @@ impl Session {
             running: None,
             complained: false,
         };
-        let mut offered = session.meet();
-        if config.wait {
-            while offered.is_none() {
-                session.pause();
-                offered = session.meet();
+        let mut offered = session.meet(if config.wait { PATIENCE } else { AT_ONCE });
+        while config.wait && offered.is_none() {
+            if session.ties.ending.is_asked() {
+                return Err(NetError::Ended(session.name));
             }
+            session.pause();
+            offered = session.meet(PATIENCE);
         }
         let offer = offered.unwrap_or(Offer::BARE);
         if offered.is_none() {
@@ -181,7 +186,7 @@ impl Session {
                 Ok(Command::Resume) => self.ties.rests.store(false, Ordering::Release),
                 Ok(Command::End) | Err(TryRecvError::Disconnected) => return self.stop(),
                 Err(TryRecvError::Empty) => {
-                    if self.front.is_none() && self.meet().is_none() {
+                    if self.front.is_none() && self.meet(PATIENCE).is_none() {
                         self.pause();
                         continue;
                     }
@@ -195,8 +200,8 @@ impl Session {
         }
     }
 
-    /// Tries to meet a back end, once. Returns what it offers of what we want.
-    fn meet(&mut self) -> Option<Offer> {
+    /// Tries to meet a back end, once, which may take so long to answer. Returns what it offers of what we want.
+    fn meet(&mut self, patience: Duration) -> Option<Offer> {
         let met = match &self.meeting {
             Meeting::There(path) => FrontEnd::connect(path, PATIENCE),
             // Not to wait in it: the time-out that it takes is also that of all answers.
@@ -211,7 +216,7 @@ impl Session {
         let protocol = Protocol::REPLY_ACK | Protocol::INFLIGHT_SHMFD | Protocol::MTU | Protocol::MQ;
         let most = self.pairs;
         let agreed = met.and_then(|mut front| {
-            front.within(PATIENCE);
+            front.within(patience);
             let mut agreed = front.negotiate(wanted, protocol)?;
             let several = agreed.features & features::NET_MQ != 0 && agreed.protocol.contains(Protocol::MQ);
             let pairs = if several { front.queue_pairs()?.min(most.into()).max(1) as u16 } else { 1 };

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -77,7 +78,7 @@ fn card(socket: &Path, queues: u16, wait: bool, memory: &Arc<GuestMemory>) -> Ne
     );
     let config = Config::parse(&text, Path::new("vm.toml")).unwrap();
     let NetBack::VhostUser(back) = &config.net[0].back else { panic!("not a socket") };
-    Net::new(&config.net[0], back, memory.clone(), crate::life::Events::new()).unwrap()
+    Net::new(&config.net[0], back, memory.clone(), crate::life::Events::new(), Ending::default()).unwrap()
 }
 
 /// What the configuration says of link and pairs.
@@ -169,6 +170,33 @@ fn the_link_is_down_until_a_back_end_was_there() {
     assert_eq!(status_and_pairs(&card), (1, 1));
     served.stop();
     assert_eq!(status_and_pairs(&card), (1, 1), "it may come back");
+}
+
+#[test]
+fn a_machine_that_does_not_wait_is_not_held_by_a_back_end_that_never_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let mut driver = Driver::new();
+    // Accepted by the kernel, and by nobody else.
+    let silent = UnixListener::bind(&socket).unwrap();
+    // This machine's cores may stall for as long as an answer is waited for otherwise; not each time.
+    let made = (0..5).find_map(|_| {
+        let start = Instant::now();
+        let card = card(&socket, 2, false, driver.memory());
+        (start.elapsed() < Duration::from_secs(2)).then_some(card)
+    });
+    let mut card = made.unwrap();
+    assert_eq!((status_and_pairs(&card), card.features() & features::NET_MQ), ((0, 1), 0));
+    let changed = Event::new(libc::EFD_NONBLOCK).unwrap();
+    let activation = driver.activation(&[0, 1], features::VERSION_1);
+    card.activate(Activation { changed: Some(changed.try_clone().unwrap()), ..activation });
+    drop(silent);
+    std::fs::remove_file(&socket).unwrap();
+    let back = BackEnd::default();
+    let _served = back.serve(&socket);
+    until("the queues run", || back.enabled() == [0, 1]);
+    until("the driver is told", || changed.read().is_ok());
+    assert_eq!(status_and_pairs(&card), (1, 1));
 }
 
 #[test]

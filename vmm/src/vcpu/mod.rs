@@ -69,6 +69,8 @@ pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
     pub(crate) devices: Arc<Devices>,
     pub(crate) events: Sender<Event>,
+    /// It is the first to enter KVM, which can be entered without the guest (KVM_CAP_IMMEDIATE_EXIT).
+    pub(crate) enters_kvm: bool,
 }
 
 /// Whether the loop goes on.
@@ -84,7 +86,7 @@ impl Vcpu {
     /// # Errors
     /// The thread may not be where it is to be.
     pub(crate) fn start(
-        self,
+        mut self,
         scheduling: Scheduling,
         gate: crossbeam::channel::Receiver<()>,
     ) -> Result<RunningVcpu, StartError> {
@@ -96,6 +98,9 @@ impl Vcpu {
         let (ready, is_ready) = bounded(1);
         let (ordered, counters) = (orders.clone(), exits.clone());
         let thread = std::thread::Builder::new().name(format!("vcpu{}", self.number)).spawn(move || {
+            if self.enters_kvm {
+                self.enter_kvm();
+            }
             let arranged = arrange(scheduling);
             let failed = arranged.is_err();
             if ready.send(arranged.map(|()| nix::unistd::gettid().as_raw())).is_err() || failed {
@@ -109,6 +114,15 @@ impl Vcpu {
             is_ready.recv().unwrap_or_else(|_| Err(StartError::Thread(std::io::ErrorKind::Other.into())))?;
         let place = VcpuPlace { number, thread: number_of_thread, scheduling, exits };
         Ok(RunningVcpu { thread: Some(thread), orders, place })
+    }
+
+    /// Enters KVM and leaves it before the guest. With a machine's first vCPU KVM starts a thread of its own (Debian's Linux 6.12:
+    /// kvm-nx-lpage-recovery), which inherits cores and priority of whoever enters: now still those of the emulator.
+    fn enter_kvm(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        // EINTR, as it should be. Anything else is said again, and reported, when the guest is entered.
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     /// Runs the guest until it ends or is to stop.
@@ -238,7 +252,7 @@ impl RunningVcpu {
     }
 
     /// Tells it to stop; it may still be in the guest.
-    fn tell(&self) {
+    pub(crate) fn tell(&self) {
         self.order(STOP);
     }
 

@@ -51,7 +51,7 @@ fn card(model: &str) -> Option<Card> {
 /// Frame `number` of flow `number % FLOWS`: its size cycles, and its every byte follows from its number. The sum of the
 /// IP header is left out, as nobody takes the packet.
 fn numbered(pattern: &Pattern, number: u64, frame: &mut Vec<u8>) {
-    let len = LEAST + (number / FLOWS) as usize % (MOST - LEAST + 1);
+    let len = LEAST + number as usize % (MOST - LEAST + 1);
     pattern.write(number, len, frame);
     let mut head = udp(&[], 0);
     head[14 + 2..14 + 4].copy_from_slice(&((len - 14) as u16).to_be_bytes());

@@ -115,6 +115,9 @@ pub struct Functions {
     strips_tags: bool,
     mac: Mac,
     groups_changed: bool,
+    /// Whether there was a link when it was last looked at; functions that are still to be told that this changed, a bit each.
+    link: bool,
+    untold: u32,
 }
 
 impl Functions {
@@ -142,6 +145,8 @@ impl Functions {
             strips_tags: options.strip_tags,
             mac,
             groups_changed: false,
+            link: false,
+            untold: 0,
         };
         let own = functions.own();
         regs.write(MRQC, MRQC::ENABLE.is(MRQC_POOLS));
@@ -232,6 +237,24 @@ impl Functions {
         self.groups_changed |= had_groups;
         if had_vlans {
             self.apply_vlans(regs);
+        }
+    }
+
+    /// Tells functions that have a driver that the link changed, as Intel's drivers do: those of functions look at it when they hear
+    /// anything, and not before. One whose mailbox is in use is told at the next turn.
+    fn tell_of_link<B: Bar>(&mut self, regs: &Regs<B>) {
+        if self.untold == 0 {
+            return;
+        }
+        // What these ask for would be overwritten.
+        let asking = MBVFICR::VFREQ.of(regs.read(MBVFICR));
+        for number in 0..self.own() {
+            let bit = 1 << number;
+            let active = self.each.get(number as usize).is_some_and(|f| f.active);
+            let told = |regs| asking & bit == 0 && mailbox::tell(regs, number, CONTROL | CLEAR_TO_SEND);
+            if self.untold & bit != 0 && (!active || told(regs)) {
+                self.untold &= !bit;
+            }
         }
     }
 
@@ -362,7 +385,7 @@ impl intel::Functions for Functions {
         regs.set(CTRL_EXT, CTRL_EXT::PFRSTD);
     }
 
-    fn serve<B: Bar>(&mut self, regs: &Regs<B>) -> bool {
+    fn serve<B: Bar>(&mut self, regs: &Regs<B>, link: bool) -> bool {
         if self.each.is_empty() {
             return false;
         }
@@ -381,6 +404,10 @@ impl intel::Functions for Functions {
                 self.answer(regs, number);
             }
         }
+        if std::mem::replace(&mut self.link, link) != link {
+            self.untold = (1 << self.own()) - 1;
+        }
+        self.tell_of_link(regs);
         std::mem::take(&mut self.groups_changed)
     }
 

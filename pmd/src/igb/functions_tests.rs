@@ -127,6 +127,42 @@ fn a_card_whose_number_of_functions_changes_under_its_driver_is_stopped_with_the
 }
 
 #[test]
+fn functions_with_a_driver_are_told_when_the_link_goes_and_when_it_comes_back() {
+    const TOLD: u32 = 0x2000_0100;
+    let mut world = World::new();
+    world.ask(0, &[1]);
+    world.ask(2, &[1]);
+    let bar = world.card.bar(0, 0x20000).unwrap();
+    let link = |world: &mut World, up: bool| {
+        let mut stuck = world.card.stuck.lock().unwrap();
+        stuck.retain(|(offset, bits, _)| (*offset, *bits) != (STATUS.offset(), STATUS::LU.value()));
+        if !up {
+            stuck.push((STATUS.offset(), STATUS::LU.value(), 0));
+        }
+        drop(stuck);
+        assert_eq!(world.opened.nic.link().unwrap().up, up);
+    };
+    let words = |world: &World| [0, 1, 2].map(|vf| world.card.register(VMBMEM(16 * vf).offset()));
+    for up in [false, true] {
+        // The third asks for something meanwhile: that is answered, and it is told when the answer was taken.
+        (0..3).for_each(|vf| bar.write32(VMBMEM(16 * vf).offset(), 0));
+        bar.write32(VMBMEM(32).offset(), 5);
+        bar.write32(MBVFICR.offset(), 1 << 2);
+        link(&mut world, up);
+        let [first, second, third] = words(&world);
+        assert_eq!((first, second, third & 0xffff), (TOLD, 0, 5));
+        assert_eq!(world.card.register(P2VMAILBOX(0).offset()), P2VMAILBOX::STS.value());
+        bar.write32(MBVFICR.offset(), 0);
+        link(&mut world, up);
+        assert_eq!(words(&world), [TOLD, 0, TOLD]);
+        // Once.
+        bar.write32(VMBMEM(0).offset(), 0);
+        link(&mut world, up);
+        assert_eq!(words(&world)[0], 0);
+    }
+}
+
+#[test]
 fn a_function_has_its_share_of_vlans_and_one_that_it_leaves_makes_room() {
     let mut world = World::new();
     world.ask(1, &[1]);

@@ -36,10 +36,12 @@ pub(super) fn reply<B: Bar>(regs: &Regs<B>, vf: u32, words: &[u32]) {
     regs.write(P2VMAILBOX(vf), P2VMAILBOX::ACK | P2VMAILBOX::STS);
 }
 
-/// Tells `vf` something unasked, if its mailbox is free.
-pub(super) fn tell<B: Bar>(regs: &Regs<B>, vf: u32, word: u32) {
-    if lock(regs, vf) {
+/// Tells `vf` something unasked, if its mailbox is free; whether it was.
+pub(super) fn tell<B: Bar>(regs: &Regs<B>, vf: u32, word: u32) -> bool {
+    let locked = lock(regs, vf);
+    if locked {
         regs.write_number(VMBMEM(WORDS * vf), word);
         regs.write(P2VMAILBOX(vf), P2VMAILBOX::STS);
     }
+    locked
 }

@@ -105,13 +105,14 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
                 Err(DeviceError::OtherFunctions)
             }
             Ok(status) => {
-                self.serve();
+                let up = STATUS::LU.are_in(status);
+                self.serve(up);
                 let speed = match STATUS::SPEED.of(status) {
                     0 => 10,
                     1 => 100,
                     _ => 1000,
                 };
-                Ok(Link { up: STATUS::LU.are_in(status), speed, full_duplex: STATUS::FD.are_in(status) })
+                Ok(Link { up, speed, full_duplex: STATUS::FD.are_in(status) })
             }
             Err(e) => {
                 self.core.stop();
@@ -143,9 +144,9 @@ impl<D: PciDevice, C: Physical> Nic for Adapter<D, C> {
 }
 
 impl<D: PciDevice, C: Physical> Adapter<D, C> {
-    /// Does what its virtual functions asked for.
-    fn serve(&mut self) {
-        if self.functions.serve(self.core.regs()) {
+    /// Does what its virtual functions asked for, and tells them of its link.
+    fn serve(&mut self, link: bool) {
+        if self.functions.serve(self.core.regs(), link) {
             self.filter(&self.taken);
         }
     }

@@ -25,8 +25,9 @@ pub trait Functions: Send + 'static {
     /// The adapter is ready: its functions may begin.
     fn begin<B: Bar>(&mut self, _: &Regs<B>) {}
 
-    /// Does what they asked for, at most one thing for each. True if other groups are to be taken than before.
-    fn serve<B: Bar>(&mut self, _: &Regs<B>) -> bool {
+    /// Does what they asked for, at most one thing for each, and tells them of a `link` that went or came back. True if other groups
+    /// are to be taken than before.
+    fn serve<B: Bar>(&mut self, _: &Regs<B>, _link: bool) -> bool {
         false
     }
 

@@ -11,7 +11,7 @@ use pmd::igb::{Igb, Settings};
 use pmd::igbvf::Igbvf;
 use pmd::nic::{DeviceError, Filter, Mac, Nic, Opened, Options, ReceiveQueue, TransmitQueue};
 use pmd::qtest::{Function, Machine, Wire};
-use port::{BurstBuffer, Offload, RxQueue, Scratch, TagEdit};
+use port::{BurstBuffer, DropReason, Offload, RxQueue, Scratch, TagEdit};
 
 use crate::frames::{PATIENCE, Pattern, Source, gather, next, until};
 
@@ -207,6 +207,37 @@ fn frames_of_all_sizes_go_both_ways_through_a_virtual_function_and_between_it_an
     assert_eq!(receive(&mut into, 1), [frame(&pattern, 2, FIRST)]);
     send(&mut out, &frame(&pattern, 3, OWN), TagEdit::Keep);
     assert_eq!(receive(&mut adapter.receive, 1), [frame(&pattern, 3, OWN)]);
+}
+
+#[test]
+#[ignore = "needs QEMU: ./check nic"]
+fn a_link_that_goes_is_the_functions_too_and_their_drivers_are_told() {
+    let adapter = Adapter::with(2);
+    let mut function = adapter.opened(0);
+    let (mut into, mut out) = (function.receive.remove(0), function.transmit.remove(0));
+    // Its driver never looks: what it is told lies in its mailbox (registers V2PMAILBOX.PFSTS and VMBMEM).
+    let _other = adapter.opened(1);
+    let mailbox = adapter.functions[1].bar(0, 16 << 10).unwrap();
+    let told = || mailbox.read32(0xc40) >> 4 & 1 == 1 && mailbox.read32(0x800) == 0x2000_0100;
+    let pattern = Pattern::new();
+    for round in 0..2 {
+        adapter.machine.set_link(false).unwrap();
+        until("the function's link goes", || !function.nic.link().unwrap().up);
+        until("the other one is told", told);
+        let before = out.counters().drops.get(DropReason::PortDown);
+        send(&mut out, &frame(&pattern, 1, STRANGER), TagEdit::Keep);
+        assert_eq!(out.counters().drops.get(DropReason::PortDown), before + 1, "round {round}");
+        adapter.machine.set_link(true).unwrap();
+        until("the function's link comes back", || function.nic.link().unwrap().up);
+        until("the other one is told", told);
+        send(&mut out, &frame(&pattern, 2, STRANGER), TagEdit::Keep);
+        let mut left = Vec::new();
+        next(&adapter.wire, &mut left);
+        assert_eq!(left, frame(&pattern, 2, STRANGER));
+        drain(&mut into);
+        adapter.wire.send(&frame(&pattern, 3, FIRST)).unwrap();
+        assert_eq!(receive(&mut into, 1), [frame(&pattern, 3, FIRST)]);
+    }
 }
 
 #[test]

@@ -124,12 +124,11 @@ impl World {
         fs::copy(root.join("configs/vv.toml"), world.path("FILE.toml")).unwrap();
         let machine = fs::read_to_string(root.join("configs/vm.toml")).unwrap();
         fs::write(world.path("vm.toml"), machine.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
-        let node = fs::read_to_string(root.join("configs/node.toml")).unwrap();
-        fs::write(world.path("node.toml"), node.replace("/boot/vmlinuz", "vmlinuz")).unwrap();
-        let demo = fs::read_to_string(root.join("configs/demo.toml")).unwrap();
-        let demo = demo.replace("/var/lib/cableway/image/initramfs.cpio", "initrd.cpio");
-        fs::write(world.path("demo.toml"), demo.replace("/var/lib/cableway/image/kernel", "vmlinux"))
-            .unwrap();
+        for name in ["node.toml", "demo.toml"] {
+            let node = fs::read_to_string(root.join("configs").join(name)).unwrap();
+            let node = node.replace("/var/lib/cableway/image/initramfs.cpio", "initrd.cpio");
+            fs::write(world.path(name), node.replace("/var/lib/cableway/image/kernel", "vmlinux")).unwrap();
+        }
         for image in ["vmlinux", "vmlinuz", "initrd.cpio"] {
             symlink(root.join("lab/cache").join(image), world.path(image)).unwrap();
         }
@@ -224,7 +223,7 @@ impl World {
             // As with machines: for ./check lab.
             ["cableway", "up", file, ..] => {
                 assert!(
-                    self.path("vmlinuz").exists(),
+                    self.path("vmlinux").exists(),
                     "no guest image: run lab/image (or ./check documented)"
                 );
                 let run_dir = self.dir.path().to_str().unwrap();

@@ -189,10 +189,10 @@ impl Guest {
 
     /// Waits for the end: how it ended, what it printed, how often it left the guest.
     pub(crate) fn end(mut self) -> (Ended, Vec<u8>, Exits) {
-        // A guest that does not end would hold the test for ever.
+        // A guest that does not end would hold the test for ever. One that shares a core with its back end and others takes a minute.
         let (remote, (done, is_done)) = (self.remote(), std::sync::mpsc::channel::<()>());
         std::thread::spawn(move || {
-            if is_done.recv_timeout(Duration::from_secs(60))
+            if is_done.recv_timeout(Duration::from_secs(300))
                 == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
             {
                 remote.kill();

@@ -211,6 +211,7 @@ fn table(lines: &[Line]) -> String {
             Effect::Differs => "differs".to_owned(),
             Effect::Set => "set".to_owned(),
             Effect::GivenBack => "given back".to_owned(),
+            Effect::InUse => "left to others who use it".to_owned(),
             Effect::Refused(_) => "refused".to_owned(),
             Effect::Missing => "not on this machine".to_owned(),
         };

@@ -85,6 +85,8 @@ pub enum Effect {
     Set,
     /// It was put back.
     GivenBack,
+    /// It was to be put back, and stays: others use it by now, and it is theirs to give back.
+    InUse,
     /// The kernel does not want it: with its reason.
     Refused(String),
     /// This kernel has none.
@@ -224,6 +226,7 @@ pub fn restore(root: &Path, saved: &Path) -> Result<Vec<Line>, SavedError> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Effect::Missing,
             _ => match place.set(root, &entry.before) {
                 Ok(()) => Effect::GivenBack,
+                Err(error) if place.is_others(root, &error) => Effect::InUse,
                 Err(error) => Effect::Refused(place.refusal(&error)),
             },
         };

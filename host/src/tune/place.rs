@@ -121,6 +121,14 @@ impl Place {
         }
     }
 
+    /// Whether it cannot be given back as others use it by now: systemd has units with cores of their own (`AllowedCPUs=`), and takes
+    /// the controller from all when the last of these is gone.
+    pub(super) fn is_others(&self, root: &Path, refused: &io::Error) -> bool {
+        matches!(self, Self::Group { group: Group::Controller })
+            && refused.raw_os_error() == Some(libc::EBUSY)
+            && groups(root).is_ok_and(|groups| !groups.folder().exists())
+    }
+
     /// Why the kernel would not let it be set, as far as that can be seen.
     pub(super) fn locked(&self, root: &Path) -> Option<String> {
         match self {

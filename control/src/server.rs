@@ -3,7 +3,7 @@
 //! A client that sends half a request, or does not read its answer, costs its own connection and delays nobody.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::socket::sockopt::{self, PeerCredentials};
+use nix::sys::socket::{SockType, getsockopt};
 use nix::sys::stat::{Mode, fchmod};
 use tokio::sync::{Semaphore, oneshot};
 
@@ -49,6 +50,14 @@ pub enum ControlError {
     /// Something else is at the socket's path.
     #[error("{} exists and is not a socket: move it away", .0.display())]
     NotASocket(PathBuf),
+    /// What was handed over is not this socket.
+    #[error("the socket that was handed over is {found}: ListenStream={} in its unit", socket.display())]
+    NotThis {
+        /// Where it should listen.
+        socket: PathBuf,
+        /// What it is instead.
+        found: String,
+    },
     /// The kernel refused.
     #[error("control socket {}: {doing}: {source}", path.display())]
     System {
@@ -65,10 +74,11 @@ fn pid_text(pid: Option<i32>) -> String {
     pid.map_or_else(String::new, |pid| format!(" (pid {pid})"))
 }
 
-/// A control socket that is bound and not yet served. Removes its file when dropped.
+/// A control socket that is bound and not yet served. Removes its file when dropped, if it made it.
 pub struct ControlSocket {
     listener: UnixListener,
-    file: SocketFile,
+    path: PathBuf,
+    file: Option<SocketFile>,
 }
 
 impl ControlSocket {
@@ -102,11 +112,34 @@ impl ControlSocket {
         }
         let listener = bind_private(&path).map_err(failed("listening"))?;
         let inode = std::fs::symlink_metadata(&path).map_err(failed("listening"))?.ino();
-        let file = SocketFile { path: path.clone(), inode };
+        let file = Some(SocketFile { path: path.clone(), inode });
         // The umask may have taken the group's right away.
         let mode = std::os::unix::fs::PermissionsExt::from_mode(SOCKET_MODE);
         std::fs::set_permissions(&path, mode).map_err(failed("setting its permissions"))?;
-        Ok(Self { listener, file })
+        Ok(Self { listener, path, file })
+    }
+
+    /// Takes the door by a socket that listens there already, and whose file is somebody else's: of systemd's socket units.
+    ///
+    /// # Errors
+    /// It is another socket, or does not listen.
+    pub fn take(door: &Door, handed: OwnedFd) -> Result<Self, ControlError> {
+        let socket = door.socket.clone();
+        let not_this = |found: String| ControlError::NotThis { socket: socket.clone(), found };
+        let listens = getsockopt(&handed, sockopt::AcceptConn).unwrap_or(false)
+            && getsockopt(&handed, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream);
+        if !listens {
+            return Err(not_this("none that takes connections (ListenStream=)".to_owned()));
+        }
+        let listener = UnixListener::from(handed);
+        let address = listener.local_addr().map_err(|_| not_this("no UNIX socket".to_owned()))?;
+        let found = address.as_pathname().ok_or_else(|| not_this("without a path".to_owned()))?;
+        // Not by their names: /var/run is /run on many machines.
+        let inode = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino()));
+        match (inode(found), inode(&socket)) {
+            (Ok(theirs), Ok(ours)) if theirs == ours => Ok(Self { listener, path: socket, file: None }),
+            _ => Err(not_this(found.display().to_string())),
+        }
     }
 
     /// Serves it from a thread of its own, which does `first` before anything else.
@@ -118,8 +151,7 @@ impl ControlSocket {
         router: axum::Router,
         first: impl FnOnce() + Send + 'static,
     ) -> Result<ControlServer, ControlError> {
-        let Self { listener, file } = self;
-        let path = file.path.clone();
+        let Self { listener, path, file } = self;
         let failed = |source| ControlError::System { path, doing: "serving", source };
         let (stop, stopped) = oneshot::channel();
         let start = || {
@@ -143,7 +175,7 @@ impl ControlSocket {
 /// Listens, with no moment in which others than owner and group may connect: the mode of an unbound socket is the mode of
 /// the file that binding makes.
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, UnixAddr, bind, listen, socket};
     let unbound = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     fchmod(unbound.as_fd(), Mode::from_bits_truncate(SOCKET_MODE))?;
     bind(std::os::fd::AsRawFd::as_raw_fd(&unbound), &UnixAddr::new(path)?)?;
@@ -155,7 +187,7 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 pub struct ControlServer {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    _file: SocketFile,
+    _file: Option<SocketFile>,
 }
 
 impl Drop for ControlServer {

@@ -8,13 +8,15 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use control::client::{self, ClientError};
 use rustix::process::Signal;
-use serde::Serialize;
 
 use super::child::{last_lines, log_path};
-use super::state::{State, now};
+use super::report::{NodeReport, PATH, Phase, door};
+use super::state::State;
 use super::supervise::tear_down;
 use crate::output::{self, refuse};
+use crate::ready;
 
 /// Starts the supervisor in the background and waits until the node is up.
 ///
@@ -37,8 +39,9 @@ pub(super) fn detach(file: &Path, run_dir: &Path, filter: Option<&str>) -> Resul
     let mut supervisor = command.process_group(0).spawn().context("starting the supervisor")?;
     eprintln!("bringing up {}: {} tells how it goes …", file.display(), log.display());
     loop {
-        let mut message = [0; 64];
-        if readiness.recv(&mut message).is_ok() {
+        let mut message = [0; 256];
+        let said = readiness.recv(&mut message).unwrap_or(0);
+        if ready::is_ready(message.get(..said).unwrap_or_default()) {
             // A machine that still waits for something is shown, and no failure.
             status(run_dir, false)?;
             return Ok(ExitCode::SUCCESS);
@@ -85,74 +88,55 @@ pub(super) fn down(run_dir: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `status --json` prints.
-#[derive(Serialize)]
-struct Status<'s> {
-    file: &'s Path,
-    run_dir: &'s Path,
-    /// The supervisor's process, if it runs.
-    supervisor: Option<i32>,
-    children: Vec<ChildStatus<'s>>,
-}
-
-#[derive(Serialize)]
-struct ChildStatus<'s> {
-    name: &'s str,
-    kind: super::state::Kind,
-    state: &'static str,
-    pid: Option<i32>,
-    since_s: u64,
-    restarts: u64,
-    last_end: Option<&'s str>,
-}
-
 /// Shows what the node's processes do.
 ///
 /// # Errors
-/// The state cannot be read.
+/// Nobody supervises it, and its state cannot be read.
 pub(super) fn status(run_dir: &Path, json: bool) -> Result<ExitCode> {
-    let Some(state) = State::read(run_dir)? else {
-        return Ok(refuse(format!("no node is up in {}: cableway up FILE starts one", run_dir.display())));
+    let report = match client::get::<NodeReport>(&door(run_dir), PATH) {
+        Ok(answer) => answer.value,
+        Err(why) => {
+            // Nobody there is what its state is written down for; somebody who does not answer is worth a word.
+            let nobody = matches!(why, ClientError::NotRunning(_));
+            if !nobody {
+                eprintln!("cableway: {why}");
+            }
+            let Some(state) = State::read(run_dir)? else {
+                let way = if nobody {
+                    "cableway up FILE starts one"
+                } else {
+                    "where systemd starts it by this question (cableway.socket), journalctl -u cableway says why it did not"
+                };
+                return Ok(refuse(format!("no node is up in {}: {way}", run_dir.display())));
+            };
+            NodeReport::of(&state, run_dir, None)
+        }
     };
-    let children: Vec<_> = state
-        .children
-        .iter()
-        .map(|child| ChildStatus {
-            name: &child.name,
-            kind: child.kind,
-            state: child.word(),
-            pid: child.process.filter(|process| process.is_alive()).map(|process| process.pid),
-            since_s: now().saturating_sub(child.since),
-            restarts: child.restarts,
-            last_end: child.last_end.as_deref(),
-        })
-        .collect();
-    let supervisor = state.supervisor.is_alive().then_some(state.supervisor.pid);
-    let well = supervisor.is_some() && children.iter().all(|child| child.state == "running");
-    let status = Status { file: &state.file, run_dir, supervisor, children };
     if json {
-        output::print(&(serde_json::to_string_pretty(&status)? + "\n"))?;
+        output::print(&(serde_json::to_string_pretty(&report)? + "\n"))?;
     } else {
-        output::print(&table(&status))?;
+        output::print(&table(&report))?;
     }
-    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.is_well() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn table(status: &Status<'_>) -> String {
+fn table(report: &NodeReport) -> String {
     let mut table = output::table(&["name", "state", "for", "process", "restarts", "ended last"], &[2, 3, 4]);
-    for child in &status.children {
+    for child in &report.children {
         table.add_row([
-            child.name.to_owned(),
-            child.state.to_owned(),
+            child.name.clone(),
+            child.state.clone(),
             output::duration(child.since_s as f64),
             child.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
             child.restarts.to_string(),
-            child.last_end.unwrap_or("-").to_owned(),
+            child.last_end.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    let supervisor = status.supervisor.map_or_else(
-        || "nobody supervises it: cableway up takes it over, cableway down ends it".to_owned(),
-        |pid| format!("supervised by process {pid}"),
-    );
-    format!("{}, {supervisor}\n\n{table}\n", status.file.display())
+    let supervisor = match (report.supervisor, report.phase) {
+        (None, _) => "nobody supervises it: cableway up takes it over, cableway down ends it".to_owned(),
+        (Some(pid), Some(Phase::Starting)) => format!("being brought up by process {pid}"),
+        (Some(pid), Some(Phase::Ending)) => format!("being brought down by process {pid}"),
+        (Some(pid), Some(Phase::Up) | None) => format!("supervised by process {pid}"),
+    };
+    format!("{}, {supervisor}\n\n{table}\n", report.file)
 }

@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use super::config::{Node, Restart};
 use super::process::{Handle, Identity};
 use super::state::{ChildState, Kind, now};
+use crate::ready;
 
 /// A log that is longer becomes NAME.log.1: a guest writes there what it wants.
 const LOG_MAX: u64 = 4 << 20;
@@ -134,7 +135,7 @@ impl Child {
         let mut ready = false;
         while let Ok(length) = self.readiness.recv(&mut message) {
             let said = message.get(..length).unwrap_or_default();
-            ready |= said.split(|byte| *byte == b'\n').any(|line| line == b"READY=1");
+            ready |= ready::is_ready(said);
         }
         let news = ready && !self.state.ready && self.state.process.is_some();
         self.state.ready |= news;

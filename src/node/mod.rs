@@ -8,19 +8,23 @@ mod changes;
 mod child;
 mod config;
 pub(crate) mod cores;
+mod handed;
 mod plan;
 mod planned;
 mod process;
+mod report;
 mod state;
 mod supervise;
 mod together;
 mod virtuals;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use control::ControlSocket;
 use host::doctor::Needs;
 use settings::ConfigErrors;
 
@@ -83,6 +87,20 @@ struct Place {
 /// # Errors
 /// What went wrong on the way.
 pub(crate) fn up(args: &UpArgs) -> Result<ExitCode> {
+    // SAFETY: this is the first that the command does: there are no threads, and no file is open.
+    let mut handed = match unsafe { handed::descriptor() } {
+        Ok(handed) => handed,
+        Err(error) => return Ok(refuse(format!("{error:#}"))),
+    };
+    let done = start(args, &mut handed);
+    if let Some(unused) = handed {
+        handed::turn_away(unused);
+    }
+    done
+}
+
+/// The same, with the control socket that was `handed` over, if it comes so far that it is served.
+fn start(args: &UpArgs, handed: &mut Option<OwnedFd>) -> Result<ExitCode> {
     let run_dir = match control::run_dir_of_server(args.place.run_dir.as_deref()) {
         Ok(run_dir) => run_dir,
         Err(error) => return Ok(refuse(error)),
@@ -128,7 +146,15 @@ pub(crate) fn up(args: &UpArgs) -> Result<ExitCode> {
     if let Err(error) = crate::log::start(args.log.as_deref()) {
         return Ok(refuse(error));
     }
-    supervise::run(&node, &run_dir, found)
+    let door = report::door(&run_dir);
+    let socket = match handed.take() {
+        Some(fd) => ControlSocket::take(&door, fd),
+        None => ControlSocket::bind(&door),
+    };
+    match socket {
+        Ok(socket) => supervise::run(&node, &run_dir, found, socket),
+        Err(error) => Ok(refuse(error)),
+    }
 }
 
 /// What a node's file asks of the machine, for `cableway doctor`; and why its cores cannot be chosen here, if they cannot.

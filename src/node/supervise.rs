@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use control::ControlSocket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -19,32 +20,43 @@ use super::changes;
 use super::child::{Child, readiness_path};
 use super::config::Node;
 use super::process::Identity;
+use super::report::{Phase, Shown};
 use super::state::{ChildState, Kind, State};
 use crate::ready;
 
 /// How long the switch may take until it is ready, and a machine until that is not waited for any more.
 const START: Duration = Duration::from_secs(30);
+/// How long giving back may take, beyond the end of all processes.
+const GIVE_BACK: Duration = Duration::from_secs(60);
 /// How often logs are looked at.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Supervises until a signal ends it. `found`: what an earlier supervisor left.
+/// Supervises until a signal ends it, and answers at `socket`. `found`: what an earlier supervisor left.
 ///
 /// # Errors
 /// What went wrong; everything was taken back.
-pub(super) fn run(node: &Node, run_dir: &Path, found: Option<State>) -> Result<ExitCode> {
+pub(super) fn run(
+    node: &Node,
+    run_dir: &Path,
+    found: Option<State>,
+    socket: ControlSocket,
+) -> Result<ExitCode> {
     let signals = Signals::new()?;
     let mut supervisor = Supervisor::new(node, run_dir, found)?;
+    let _server = socket.serve(supervisor.shown.clone().router(), || {})?;
     let up = supervisor.bring_up(&signals);
     match &up {
         Ok(true) => {
             tracing::info!("{} is up: cableway status shows it, cableway down ends it", node.file.display());
+            supervisor.enter(Phase::Up);
             ready::tell();
             supervisor.watch(&signals, None);
         }
         Ok(false) => tracing::info!("interrupted: everything is taken back"),
         Err(_) => tracing::error!("it cannot be brought up: everything is taken back"),
     }
-    supervisor.save();
+    supervisor.enter(Phase::Ending);
+    ready::tell_end(supervisor.patience());
     let left = tear_down(&mut supervisor.state, run_dir);
     up?;
     if left > 0 {
@@ -79,6 +91,9 @@ impl Signals {
 struct Supervisor<'n> {
     node: &'n Node,
     run_dir: PathBuf,
+    phase: Phase,
+    /// To those who ask.
+    shown: Shown,
     /// As it is written down, but for the children, which are copied when it is.
     state: State,
     children: Vec<Child>,
@@ -102,12 +117,34 @@ impl<'n> Supervisor<'n> {
         }
         let state =
             State { file: node.file.clone(), supervisor: Identity::own()?, changes, children: Vec::new() };
-        Ok(Self { node, run_dir: run_dir.to_owned(), state, children })
+        let shown = Shown::new(state.clone(), run_dir);
+        let mut made =
+            Self { node, run_dir: run_dir.to_owned(), phase: Phase::Starting, shown, state, children };
+        made.note();
+        Ok(made)
+    }
+
+    /// Goes on to another phase.
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.save();
+    }
+
+    /// Takes the children's state over into the node's, and shows it.
+    fn note(&mut self) {
+        self.state.children = self.children.iter().map(|child| child.state.clone()).collect();
+        self.shown.set(&self.state, self.phase);
+        ready::tell_status(&self.shown.report().sentence());
+    }
+
+    /// How long everything may take to end: all machines at once, then the switch, then what was changed.
+    fn patience(&self) -> Duration {
+        2 * self.children.iter().map(|child| child.state.patience()).max().unwrap_or_default() + GIVE_BACK
     }
 
     /// Writes down what is. Not being able to is no reason to end what runs.
     fn save(&mut self) {
-        self.state.children = self.children.iter().map(|child| child.state.clone()).collect();
+        self.note();
         if let Err(error) = self.state.write(&self.run_dir) {
             tracing::error!("cannot write the node's state in {}: {error}", self.run_dir.display());
         }
@@ -122,7 +159,7 @@ impl<'n> Supervisor<'n> {
                 self.state.changes.push(step.change.clone());
             }
             // Before it is made: whoever finds this state takes back what may or may not have been done.
-            self.state.children = self.children.iter().map(|child| child.state.clone()).collect();
+            self.note();
             self.state.write(&self.run_dir).context("writing the node's state")?;
             step.make()?;
         }

@@ -149,7 +149,9 @@ impl World {
                 let root = env!("CARGO_MANIFEST_DIR");
                 succeeds(Command::new("lab/run").arg("--list").current_dir(root), command);
             }
-            ["curl", "--unix-socket", socket, ..] if socket.contains("/vm-") => {
+            ["curl", "--unix-socket", socket, ..]
+                if socket.contains("/vm-") || socket.ends_with("/node.sock") =>
+            {
                 let asked = Command::new("curl").args(&words[1..]).output().unwrap();
                 assert_eq!(asked.status.code(), Some(7), "{command}: nobody is there to connect to");
             }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use control::run_dir_of_client;
 use host::pci::{self, Bdf, Function, bind};
+use host::vfio::Way;
 use serde::Serialize;
 use switch::control::report::CardReport;
 
@@ -27,6 +28,8 @@ struct Card {
     node: Option<u32>,
     iommu_group: Option<u32>,
     group_companions: Vec<String>,
+    /// By which of VFIO's ways it is opened, while vfio-pci has it.
+    vfio: Option<Vfio>,
     interfaces: Vec<Interface>,
     physical_function: Option<String>,
     virtual_functions: Vec<String>,
@@ -37,6 +40,23 @@ struct Card {
     drivable: bool,
     /// What is to be done before.
     obstacle: Option<String>,
+}
+
+/// One of VFIO's two ways, and the file that is opened.
+#[derive(Serialize)]
+struct Vfio {
+    way: &'static str,
+    file: String,
+}
+
+impl From<Way> for Vfio {
+    fn from(way: Way) -> Self {
+        let (way, file) = match way {
+            Way::Device(file) => ("iommufd", file),
+            Way::Group(file) => ("group", file),
+        };
+        Self { way, file: file.display().to_string() }
+    }
 }
 
 /// All that is known of a card, as JSON has it.
@@ -79,6 +99,7 @@ impl Card {
             node: function.node,
             iommu_group: function.group,
             group_companions: texts(&function.companions),
+            vfio: Way::of(root, function).map(Vfio::from),
             interfaces: function.interfaces.iter().map(interface).collect(),
             physical_function: function.physical.map(|bdf| bdf.to_string()),
             virtual_functions: texts(&function.virtuals),
@@ -87,6 +108,13 @@ impl Card {
             drivable: obstacle.is_none(),
             obstacle,
         }
+    }
+
+    /// What is to be done before it can be opened, or how it will be.
+    fn readiness(&self) -> String {
+        let way = self.vfio.as_ref().filter(|vfio| vfio.way == "iommufd");
+        let ready = || if way.is_some() { "ready (iommufd)" } else { "ready" }.to_owned();
+        self.obstacle.clone().unwrap_or_else(ready)
     }
 
     fn interfaces(&self) -> String {
@@ -154,7 +182,7 @@ pub(super) fn list(root: &Path, args: &ListArgs) -> Result<ExitCode> {
             or_dash(card.node),
             if card.interfaces.is_empty() { "-".to_owned() } else { card.interfaces() },
             or_dash(vfs),
-            card.obstacle.clone().unwrap_or_else(|| "ready".to_owned()),
+            card.readiness(),
         ]);
     }
     let mut text = format!("{table}\n");
@@ -215,7 +243,10 @@ pub(super) fn info(root: &Path, args: &InfoArgs) -> Result<ExitCode> {
     for shown in &card.vfs {
         line("", vf::line(shown))?;
     }
-    line("for Cableway", card.obstacle.unwrap_or_else(|| "ready".to_owned()))?;
+    if let Some(Vfio { way, file }) = &card.vfio {
+        line("VFIO", format!("{file} ({way})"))?;
+    }
+    line("for Cableway", card.readiness())?;
     if let Some(unread) = &looked.unread {
         line("registers", unread.clone())?;
     }
@@ -269,6 +300,7 @@ mod tests {
             node: None,
             group: None,
             companions: Vec::new(),
+            vfio_device: None,
             interfaces: Vec::new(),
             physical: None,
             virtuals: Vec::new(),

@@ -69,6 +69,7 @@ mod tests {
             node: None,
             group: None,
             companions: Vec::new(),
+            vfio_device: None,
             interfaces: Vec::new(),
             physical: None,
             virtuals: Vec::new(),

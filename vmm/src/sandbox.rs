@@ -206,7 +206,7 @@ pub fn files(config: &Config, run_dir: Option<&Path>) -> Option<FileAccess> {
     }
     if passes {
         read.extend(owned(&FUNCTIONS));
-        devices.push(PathBuf::from(vfio::FOLDER));
+        devices.extend(owned(&vfio::FILES));
     }
     let mut sockets: Vec<PathBuf> = run_dir.into_iter().chain(listens).map(Path::to_owned).collect();
     sockets.sort_unstable();
@@ -225,6 +225,8 @@ const RAISE: u64 = 0x61;
 const SEND: u64 = 0xa5;
 /// To move a region of a passed-through function.
 const MOVE_MEMORY: u64 = 0x46;
+/// To let go of a passed-through function.
+const FORGET: u64 = 0xe1;
 
 fn to_raise(config: &Config) -> u64 {
     match config.irqchip {
@@ -291,7 +293,7 @@ fn programs(kind: ThreadKind, config: &Config) -> Result<Vec<BpfProgram>, Backen
         // What it takes from the guest it closes, perhaps as the last one that the IOMMU serves.
         Watch => allowed
             .when(libc::SYS_ioctl, &is(&vfio::REQUESTS))?
-            .when(libc::SYS_ioctl, &of_kvm(&[&of_vcpu(config)[..], &[MOVE_MEMORY]].concat()))?,
+            .when(libc::SYS_ioctl, &of_kvm(&[&of_vcpu(config)[..], &[MOVE_MEMORY, FORGET]].concat()))?,
         Tap => allowed.when(libc::SYS_ioctl, &is(&[libc::TUNSETOFFLOAD]))?,
         Console | Control => allowed.when(libc::SYS_ioctl, &of_kvm(&[to_raise(config)]))?,
         _ => allowed,

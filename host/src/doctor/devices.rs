@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::{Capability, Check, Host, Outcome, with_cards};
 use crate::pci::{self, Function};
+use crate::vfio::Way;
 
 pub(super) const CHECKS: &[Check] = &[
     Check {
@@ -21,7 +22,7 @@ pub(super) const CHECKS: &[Check] = &[
     },
     Check {
         name: "vfio-access",
-        why: "a group of cards has one user at a time, who must be allowed to open it",
+        why: "a card, or a group of them, has one user at a time, who must be allowed to open it",
         matters: with_cards,
         run: access,
     },
@@ -75,8 +76,11 @@ fn iommu(host: &Host) -> Outcome {
 fn vfio(host: &Host) -> Outcome {
     let driver = host.exists("sys/bus/pci/drivers/vfio-pci");
     let container = host.exists("dev/vfio/vfio");
-    match (driver, container) {
-        (true, true) => Outcome::ok("vfio-pci is loaded"),
+    let iommufd = host.exists("dev/iommu");
+    match (driver, container || iommufd) {
+        (true, true) if !iommufd => Outcome::ok("vfio-pci is loaded"),
+        (true, true) if !container => Outcome::ok("vfio-pci is loaded, with iommufd only"),
+        (true, true) => Outcome::ok("vfio-pci is loaded, with iommufd and groups"),
         (false, _) => Outcome::error(
             "vfio-pci is not loaded",
             "modprobe vfio-pci; if that fails, this kernel was built without: use the distribution's standard one",
@@ -93,29 +97,33 @@ fn cards(host: &Host) -> Vec<Function> {
     pci::list(&host.root).into_iter().filter(meant).collect()
 }
 
-/// Whether the groups of cards that are with vfio-pci can be opened: by this user, and at all.
+/// Whether cards that are with vfio-pci can be opened, by this user, and at all: each by its own device or by its group.
 fn access(host: &Host) -> Outcome {
     let cards: Vec<Function> =
         cards(host).into_iter().filter(|card| card.driver.as_deref() == Some(pci::VFIO)).collect();
-    let mut held = 0;
+    let (mut held, mut by_device) = (0, 0);
     for card in &cards {
-        let Some(group) = card.group else { continue };
-        let file = format!("dev/vfio/{group}");
-        if !may_open(host, &file) {
+        let Some(way) = Way::of(&host.root, card) else { continue };
+        let group = card.group.map(|group| format!("/dev/vfio/{group}"));
+        let device = if let Way::Device(file) = &way { Some(file.display().to_string()) } else { None };
+        let may = |file: &String| may_open(host, file.trim_start_matches('/'));
+        let by_itself = device.as_ref().is_some_and(|file| may(file) && may_open(host, "dev/iommu"));
+        if !by_itself && !group.as_ref().is_some_and(may) {
+            let files = device.iter().chain(&group).cloned().collect::<Vec<_>>().join(" or ");
+            let chown = device.map_or(group.unwrap_or_default(), |file| format!("{file} /dev/iommu"));
             return Outcome::error(
-                format!("/{file} of {} is not this user's", card.bdf),
+                format!("{files} of {} is not this user's", card.bdf),
                 format!(
-                    "run as root, or chown USER /{file} (a udev rule for SUBSYSTEM==\"vfio\" makes it last)"
+                    "run as root, or chown USER {chown} (a udev rule for SUBSYSTEM==\"vfio\" makes it last)"
                 ),
             );
         }
-        if let Some((pid, name)) = holder(host, &format!("/{file}")) {
+        by_device += usize::from(by_itself);
+        if let Some((pid, name)) = device.iter().chain(&group).find_map(|file| holder(host, file)) {
             if name != "cableway" {
                 return Outcome::warning(
                     format!("{} is in use by process {pid} ({name})", card.bdf),
-                    format!(
-                        "end it, kill {pid}, or use another card: until then opening it fails with EBUSY"
-                    ),
+                    format!("end it, kill {pid}, or use another card: until then it cannot be opened"),
                 );
             }
             held += 1;
@@ -123,6 +131,9 @@ fn access(host: &Host) -> Outcome {
     }
     match cards.len() {
         0 => Outcome::not_applicable("no card is with vfio-pci"),
+        all if by_device > 0 => Outcome::ok(format!(
+            "{all} with vfio-pci, {held} of them in use by cableway, {by_device} by iommufd"
+        )),
         all => Outcome::ok(format!("{all} with vfio-pci, {held} of them in use by cableway")),
     }
 }
@@ -295,6 +306,28 @@ mod tests {
         says(State::Warning, "0000:02:00.0 is in use by process 812 (dpdk-testpmd) end it, kill 812");
         machine.file("proc/812/comm", "cableway\n");
         says(State::Ok, "1 of them in use by cableway");
+        // Its own device is the other way; either will do.
+        machine.file("sys/bus/pci/devices/0000:02:00.0/vfio-dev/vfio3/dev", "");
+        machine.file("dev/vfio/devices/vfio3", "");
+        machine.file("dev/iommu", "");
+        let mode = |path: &str, mode| {
+            let path = machine.root().join(path);
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        mode("dev/vfio/devices/vfio3", 0o600);
+        mode("dev/iommu", 0o666);
+        says(State::Ok, "1 of them in use by cableway");
+        mode("dev/vfio/8", 0o600);
+        says(
+            State::Error,
+            "/dev/vfio/devices/vfio3 or /dev/vfio/8 of 0000:02:00.0 is not this user's run as root, or chown USER /dev/vfio/devices/vfio3 /dev/iommu",
+        );
+        mode("dev/vfio/devices/vfio3", 0o666);
+        says(State::Ok, "1 of them in use by cableway, 1 by iommufd");
+        machine.link("proc/812/fd/10", "/dev/vfio/devices/vfio3");
+        std::fs::remove_file(machine.root().join("proc/812/fd/9")).unwrap();
+        machine.file("proc/812/comm", "qemu\n");
+        says(State::Warning, "in use by process 812 (qemu)");
     }
 
     #[test]
@@ -345,6 +378,8 @@ mod tests {
         }
         let vfio = Machine::with(&[("sys/bus/pci/drivers/vfio-pci/new_id", ""), ("dev/vfio/vfio", "")]);
         vfio.says("vfio", State::Ok, "loaded");
+        let newer = Machine::with(&[("sys/bus/pci/drivers/vfio-pci/new_id", ""), ("dev/iommu", "")]);
+        newer.says("vfio", State::Ok, "with iommufd only");
         Machine::with(&[("proc/cmdline", "quiet\n")]).says("iommu", State::Error, "none switch VT-d");
     }
 

@@ -94,6 +94,8 @@ pub struct Function {
     pub group: Option<u32>,
     /// The others of its group.
     pub companions: Vec<Bdf>,
+    /// Its own device for user space (`vfio0`), while vfio-pci has it and the kernel makes such.
+    pub vfio_device: Option<String>,
     /// The kernel's network interfaces on it.
     pub interfaces: Vec<String>,
     /// The physical function that it is a virtual one of.
@@ -164,6 +166,7 @@ pub fn find(root: &Path, bdf: Bdf) -> Option<Function> {
         node: number("numa_node").and_then(|n| u32::try_from(n).ok()),
         group: link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
         companions: names_in(&folder.join("iommu_group/devices")).filter(|other| *other != bdf).collect(),
+        vfio_device: entries(&folder.join("vfio-dev")).find(|name| name.starts_with("vfio")),
         interfaces: interfaces(&folder),
         physical: link_bdf(&folder.join("physfn")),
         virtuals: (0..most_virtuals.unwrap_or(0))

@@ -1,56 +1,74 @@
-//! A container: the address space that functions of any number of groups share.
+//! An address space that functions of any number of groups share.
 //!
-//! Owns the groups that are open in it and the memory that is mapped. The kernel forgets mappings when the last group leaves; they
-//! are made anew when one comes back, so that memory outlives a device that is away.
+//! Owns what is open in it, groups and functions by devices of their own, and the memory that is mapped. A container of the kernel's forgets mappings when
+//! the last group leaves; they are made anew when one comes back, so that memory outlives a device that is away.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::resource::{Resource, getrlimit};
-use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_GROUP_FLAGS_VIABLE,
-    VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
-};
 
-use super::addresses::{Addresses, ranges};
+use super::addresses::Addresses;
 use super::device::Device;
-use super::{FOLDER, VfioError, sys};
+use super::group::{self, Group};
+use super::iommu::{Iommu, Mapped};
+use super::{VfioError, itself, way};
 use crate::pci::{self, Bdf, Function};
-
-/// The most that is read of what the kernel says of an IOMMU.
-const INFO: usize = 4096;
 
 /// An address space for devices.
 pub struct Container {
-    file: File,
+    root: PathBuf,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
+    /// Chosen when the first function is opened, if there is a choice.
+    iommu: Option<Iommu>,
     groups: BTreeMap<u32, Group>,
+    /// Functions that were opened by devices of their own.
+    devices: usize,
     mapped: Vec<Mapped>,
-    /// Known once a group is here.
+    /// Known once a function is here.
     addresses: Option<Addresses>,
 }
 
-/// A group that is open: a file of its own, which can be opened once.
-struct Group {
-    file: File,
-    devices: usize,
+impl State {
+    fn is_empty(&self) -> bool {
+        self.groups.is_empty() && self.devices == 0
+    }
 }
 
-/// Memory that devices reach.
-#[derive(Clone, Copy)]
-struct Mapped {
-    start: usize,
-    len: u64,
-    iova: u64,
+/// That a function is open in a container; told to it when this is dropped.
+pub(super) struct Seat {
+    container: Arc<Container>,
+    /// The group that it was opened out of.
+    group: Option<u32>,
+}
+
+impl Seat {
+    pub(super) fn container(&self) -> &Arc<Container> {
+        &self.container
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut state = self.container.state();
+        let Some(group) = self.group else {
+            state.devices = state.devices.saturating_sub(1);
+            return;
+        };
+        if let Some(entry) = state.groups.get_mut(&group) {
+            entry.devices = entry.devices.saturating_sub(1);
+            if entry.devices == 0 {
+                state.groups.remove(&group);
+            }
+        }
+    }
 }
 
 impl Container {
@@ -59,19 +77,13 @@ impl Container {
     /// # Errors
     /// The kernel's part is not there, or another one.
     pub fn new() -> Result<Arc<Self>, VfioError> {
-        Self::in_folder(Path::new(FOLDER))
+        Self::on(Path::new("/"))
     }
 
-    /// By the files in `folder`.
-    fn in_folder(folder: &Path) -> Result<Arc<Self>, VfioError> {
-        let path = folder.join("vfio");
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(VfioError::NoVfio)?;
-        let version = sys::with_number(file.as_fd(), sys::GET_API_VERSION, 0);
-        let type1 = sys::with_number(file.as_fd(), sys::CHECK_EXTENSION, VFIO_TYPE1v2_IOMMU.into());
-        if !matches!((version, type1), (Ok(v), Ok(1)) if v as u32 == VFIO_API_VERSION) {
-            return Err(VfioError::NoType1);
-        }
-        Ok(Arc::new(Self { file, state: Mutex::default() }))
+    /// On the machine below `root`.
+    fn on(root: &Path) -> Result<Arc<Self>, VfioError> {
+        let state = State { iommu: Iommu::there(root)?, ..State::default() };
+        Ok(Arc::new(Self { root: root.to_owned(), state: Mutex::new(state) }))
     }
 
     /// Opens the function at `bdf`, with a token if one is needed (of a virtual function whose physical one
@@ -80,73 +92,53 @@ impl Container {
     /// # Errors
     /// It cannot be had; the message says why and what to do.
     pub fn open(self: &Arc<Self>, bdf: Bdf, token: Option<&str>) -> Result<Arc<Device>, VfioError> {
-        let root = Path::new("/");
-        let function = pci::find(root, bdf).ok_or(VfioError::Unknown(bdf))?;
-        super::check(root, bdf)?;
+        let function = pci::find(&self.root, bdf).ok_or(VfioError::Unknown(bdf))?;
+        super::check(&self.root, bdf)?;
         let group = function.group.ok_or(VfioError::NoIommu(bdf))?;
-        let mut state = self.state();
-        if !state.groups.contains_key(&group) {
-            let file = self.join(&mut state, &function, group)?;
-            state.groups.insert(group, Group { file, devices: 0 });
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let iommu = match state.iommu.take() {
+            Some(iommu) => iommu,
+            None => Iommu::for_function(&self.root, &function)?,
+        };
+        let iommu = &*state.iommu.insert(iommu);
+        let opened = match iommu {
+            // What has joined as a group goes on as one.
+            Iommu::Iommufd(iommufd) if !state.groups.contains_key(&group) => {
+                itself::open(&self.root, iommufd, &function, group, token)?
+            }
+            Iommu::Iommufd(_) | Iommu::Type1(_) => None,
+        };
+        let (file, group) = match opened {
+            Some(file) => {
+                state.devices += 1;
+                (file, None)
+            }
+            None => (open_of_group(state, &function, group, token)?, Some(group)),
+        };
+        let group_file = group.and_then(|group| Some(state.groups.get(&group)?.file.clone()));
+        let ranges = state.iommu.as_ref().filter(|_| state.addresses.is_none()).map(Iommu::ranges);
+        if let Some(Ok(ranges)) = &ranges {
+            state.addresses = Some(Addresses::new(ranges.clone()));
         }
-        let Some(entry) = state.groups.get_mut(&group) else { return Err(VfioError::Empty) };
-        let opened = Device::open(self.clone(), &function, group, &entry.file, token);
-        match &opened {
-            Ok(_) => entry.devices += 1,
-            Err(_) if entry.devices == 0 => drop(state.groups.remove(&group)),
-            Err(_) => {}
+        drop(guard);
+        // From here on it leaves by itself.
+        let seat = Seat { container: self.clone(), group };
+        if let Some(Err(source)) = ranges {
+            drop(file);
+            return Err(VfioError::Kernel {
+                what: bdf.to_string(),
+                doing: "asking what its IOMMU can",
+                source,
+            });
         }
-        drop(state);
-        opened.map(Arc::new)
+        Device::new(seat, bdf, file, group_file.as_deref()).map(Arc::new)
     }
 
-    /// Opens a group and puts it into this container.
-    fn join(&self, state: &mut State, function: &Function, group: u32) -> Result<File, VfioError> {
-        let bdf = function.bdf;
-        let failed =
-            |doing| move |source| VfioError::Kernel { what: format!("{bdf}, group {group}"), doing, source };
-        let file = open_group(bdf, group)?;
-        let mut status = vfio_group_status { argsz: size_of::<vfio_group_status>() as u32, flags: 0 };
-        // SAFETY: the structure of this request, of the size that it says.
-        unsafe { sys::with(file.as_fd(), sys::GROUP_GET_STATUS, &mut status) }
-            .map_err(failed("asking for its group's state"))?;
-        if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
-            let others = function.in_the_way(Path::new("/"));
-            return Err(VfioError::GroupNotViable { bdf, group, others });
-        }
-        let mut container = self.file.as_raw_fd();
-        // SAFETY: the request takes a pointer to a descriptor.
-        unsafe { sys::with(file.as_fd(), sys::GROUP_SET_CONTAINER, &mut container) }
-            .map_err(failed("joining the other devices' memory"))?;
-        if state.groups.is_empty() {
-            sys::with_number(self.file.as_fd(), sys::SET_IOMMU, VFIO_TYPE1v2_IOMMU.into())
-                .map_err(failed("choosing its IOMMU"))?;
-            if state.addresses.is_none() {
-                state.addresses =
-                    Some(Addresses::new(self.ranges().map_err(failed("asking what its IOMMU can"))?));
-            }
-            for mapped in &state.mapped {
-                self.map_in_iommu(*mapped).map_err(failed("mapping memory anew"))?;
-            }
-        }
-        Ok(file)
-    }
-
-    /// The groups in this container, for KVM, which wants to know of devices that write to a machine's memory.
+    /// The groups in this container, for KVM, which wants to know of devices that write to a machine's memory. Functions that were opened by devices of their
+    /// own are in none: see [`Device::itself`].
     pub fn groups(&self) -> Vec<File> {
         self.state().groups.values().filter_map(|group| group.file.try_clone().ok()).collect()
-    }
-
-    /// What the IOMMU translates.
-    fn ranges(&self) -> io::Result<Vec<std::ops::RangeInclusive<u64>>> {
-        let mut info = [0u64; INFO / 8];
-        if let Some(first) = info.first_mut() {
-            *first = INFO as u64;
-        }
-        // SAFETY: the structure of this request begins with its size, and the kernel writes no more than that.
-        unsafe { sys::with_bytes(self.file.as_fd(), sys::IOMMU_GET_INFO, &mut info) }?;
-        let bytes: Vec<u8> = info.iter().flat_map(|long| long.to_ne_bytes()).collect();
-        Ok(ranges(&bytes))
     }
 
     /// Makes the `len` bytes at `start` reachable for all devices of this container, now and later; returns the address of the
@@ -160,14 +152,14 @@ impl Container {
     pub unsafe fn map(&self, start: NonNull<u8>, len: usize) -> Result<u64, VfioError> {
         let mut guard = self.state();
         let state = &mut *guard;
-        if state.groups.is_empty() {
+        if state.is_empty() {
             return Err(VfioError::Empty);
         }
         let len = len as u64;
         let Some(addresses) = &mut state.addresses else { return Err(VfioError::Empty) };
         let iova = addresses.take(len).ok_or(VfioError::NoAddresses(len))?;
         let mapped = Mapped { start: start.as_ptr().addr(), len, iova };
-        let done = self.map_new(&mut state.mapped, mapped);
+        let done = map_new(state.iommu.as_ref(), &mut state.mapped, mapped);
         if done.is_err() {
             addresses.give(iova, len);
         }
@@ -183,75 +175,27 @@ impl Container {
     /// # Safety
     /// As [`Container::map`].
     pub unsafe fn map_at(&self, start: NonNull<u8>, len: usize, iova: u64) -> Result<(), VfioError> {
-        let mut state = self.state();
-        if state.groups.is_empty() {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.is_empty() {
             return Err(VfioError::Empty);
         }
         let mapped = Mapped { start: start.as_ptr().addr(), len: len as u64, iova };
-        self.map_new(&mut state.mapped, mapped)
-    }
-
-    fn map_new(&self, all: &mut Vec<Mapped>, mapped: Mapped) -> Result<(), VfioError> {
-        let Err(source) = self.map_in_iommu(mapped) else {
-            all.push(mapped);
-            return Ok(());
-        };
-        let (len, iova) = (mapped.len, mapped.iova);
-        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
-        // A sandbox may hide what the kernel counts.
-        let pinned = locked().max(all.iter().map(|mapped| mapped.len).sum());
-        // The kernel's answer to too small a limit (drivers/vfio/vfio_iommu_type1.c, vfio_pin_pages_remote).
-        if source.raw_os_error() == Some(libc::ENOMEM) && limit < pinned.saturating_add(len) {
-            return Err(VfioError::Memlock { needed: pinned.saturating_add(len), limit });
-        }
-        Err(VfioError::Kernel {
-            what: format!("{len} bytes at {iova:#x}"),
-            doing: "mapping them for devices",
-            source,
-        })
-    }
-
-    fn map_in_iommu(&self, mapped: Mapped) -> io::Result<()> {
-        let mut map = vfio_iommu_type1_dma_map {
-            argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
-            flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
-            vaddr: mapped.start as u64,
-            iova: mapped.iova,
-            size: mapped.len,
-        };
-        // SAFETY: the structure of this request; the memory stays by the promise of `map`'s caller.
-        unsafe { sys::with(self.file.as_fd(), sys::IOMMU_MAP_DMA, &mut map) }.map(drop)
+        map_new(state.iommu.as_ref(), &mut state.mapped, mapped)
     }
 
     /// Takes away what [`Container::map`] gave: no device reaches it when this returns.
     pub fn unmap(&self, iova: u64) {
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
         let Some(at) = state.mapped.iter().position(|mapped| mapped.iova == iova) else { return };
-        let Mapped { len, .. } = state.mapped.swap_remove(at);
-        if !state.groups.is_empty() {
-            let mut unmap = vfio_iommu_type1_dma_unmap {
-                argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
-                iova,
-                size: len,
-                ..vfio_iommu_type1_dma_unmap::default()
-            };
-            // SAFETY: the structure of this request, of the size that it says.
-            // What is mapped can be unmapped; and if not, the kernel keeps the pages until the container goes.
-            let _ = unsafe { sys::with(self.file.as_fd(), sys::IOMMU_UNMAP_DMA, &mut unmap) };
+        let mapped = state.mapped.swap_remove(at);
+        let empty = state.is_empty();
+        if let Some(iommu) = state.iommu.as_ref().filter(|iommu| !(empty && iommu.forgets())) {
+            iommu.unmap(mapped);
         }
         if let Some(addresses) = &mut state.addresses {
-            addresses.give(iova, len);
-        }
-    }
-
-    /// A device of `group` is closed.
-    pub(super) fn leave(&self, group: u32) {
-        let mut state = self.state();
-        if let Some(entry) = state.groups.get_mut(&group) {
-            entry.devices = entry.devices.saturating_sub(1);
-            if entry.devices == 0 {
-                state.groups.remove(&group);
-            }
+            addresses.give(iova, mapped.len);
         }
     }
 
@@ -260,14 +204,87 @@ impl Container {
     }
 }
 
-/// Opens a group, which only one process can at a time.
-pub(super) fn open_group(bdf: Bdf, group: u32) -> Result<File, VfioError> {
-    let path = PathBuf::from(FOLDER).join(group.to_string());
-    OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.raw_os_error() {
-        Some(libc::EBUSY) => VfioError::Busy { bdf, group },
-        Some(libc::EACCES | libc::EPERM) => VfioError::Forbidden { bdf, group },
-        _ => VfioError::Kernel { what: format!("{bdf}, group {group}"), doing: "opening its group", source },
+/// Opens a function out of its group, which joins the address space if it has not yet.
+fn open_of_group(
+    state: &mut State,
+    function: &Function,
+    group: u32,
+    token: Option<&str>,
+) -> Result<File, VfioError> {
+    if !state.groups.contains_key(&group) {
+        let joined = join(state, function, group)?;
+        state.groups.insert(group, joined);
+    }
+    let Some(entry) = state.groups.get_mut(&group) else { return Err(VfioError::Empty) };
+    let opened = entry.function(function, group, token);
+    match &opened {
+        Ok(_) => entry.devices += 1,
+        Err(_) if entry.devices == 0 => drop(state.groups.remove(&group)),
+        Err(_) => {}
+    }
+    opened
+}
+
+/// Opens a group and puts it into this address space.
+fn join(state: &State, function: &Function, group: u32) -> Result<Group, VfioError> {
+    let what = || group::named(function, group);
+    let failed = |doing| move |source| VfioError::Kernel { what: what(), doing, source };
+    let Some(iommu) = &state.iommu else { return Err(VfioError::Empty) };
+    let joined = Group::open(function, group)?;
+    iommu
+        .for_groups()
+        .and_then(|space| joined.join(space))
+        .map_err(failed("joining the other devices' memory"))?;
+    if state.groups.is_empty() {
+        iommu.first_group().map_err(failed("choosing its IOMMU"))?;
+        for mapped in state.mapped.iter().filter(|_| iommu.forgets()) {
+            // SAFETY: what is mapped is there until it is unmapped, as was promised to `map`.
+            unsafe { iommu.map(*mapped) }.map_err(failed("mapping memory anew"))?;
+        }
+    }
+    Ok(joined)
+}
+
+fn map_new(iommu: Option<&Iommu>, all: &mut Vec<Mapped>, mapped: Mapped) -> Result<(), VfioError> {
+    let Some(iommu) = iommu else { return Err(VfioError::Empty) };
+    // SAFETY: the promise of `map`'s caller.
+    let Err(source) = (unsafe { iommu.map(mapped) }) else {
+        all.push(mapped);
+        return Ok(());
+    };
+    let (len, iova) = (mapped.len, mapped.iova);
+    let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
+    // A sandbox may hide what the kernel counts.
+    let pinned = locked().max(all.iter().map(|mapped| mapped.len).sum());
+    let needed = pinned.saturating_add(len);
+    // The kernel's answer to too small a limit (drivers/vfio/vfio_iommu_type1.c, vfio_pin_pages_remote; drivers/iommu/iommufd/pages.c,
+    // incr_user_locked_vm).
+    if source.raw_os_error() == Some(libc::ENOMEM) && limit < needed {
+        return Err(VfioError::Memlock { needed, limit });
+    }
+    if source.raw_os_error() == Some(libc::ENOMEM) && limit != u64::MAX && iommu.counts_by_user() {
+        return Err(VfioError::MemlockOfUser { needed, limit });
+    }
+    Err(VfioError::Kernel {
+        what: format!("{len} bytes at {iova:#x}"),
+        doing: "mapping them for devices",
+        source,
     })
+}
+
+/// Whether the function can be opened now: nobody else has it, and this process may.
+pub(super) fn try_open(root: &Path, function: &Function, group: u32) -> Result<(), VfioError> {
+    let iommu = match Iommu::there(root)? {
+        Some(iommu) => iommu,
+        None => Iommu::for_function(root, function)?,
+    };
+    let device = way::device_of(root, function).filter(|_| matches!(iommu, Iommu::Iommufd(_)));
+    let may = device.is_some_and(|device| OpenOptions::new().read(true).write(true).open(device).is_ok());
+    match group::open(function, group) {
+        // The device is enough, and whoever has it keeps the group from being opened.
+        Err(VfioError::Forbidden { .. } | VfioError::Kernel { .. }) if may => Ok(()),
+        opened => opened.map(drop),
+    }
 }
 
 /// Bytes that this process has locked in memory, by mlock(2) or for devices: the kernel holds their sum against the limit.
@@ -282,8 +299,8 @@ fn locked() -> u64 {
 mod tests {
     use super::*;
 
-    fn refused(folder: &Path) -> String {
-        Container::in_folder(folder).err().unwrap().to_string()
+    fn refused(root: &Path) -> String {
+        Container::on(root).err().unwrap().to_string()
     }
 
     #[test]
@@ -293,7 +310,8 @@ mod tests {
         assert!(none.contains("has no /dev/vfio/vfio (No such file or directory"), "{none}");
         assert!(none.ends_with("modprobe vfio-pci vfio_iommu_type1"), "{none}");
         // A file that answers no such question.
-        std::fs::write(folder.path().join("vfio"), "").unwrap();
+        std::fs::create_dir_all(folder.path().join("dev/vfio")).unwrap();
+        std::fs::write(folder.path().join("dev/vfio/vfio"), "").unwrap();
         assert!(
             refused(folder.path())
                 .ends_with("knows no IOMMU of type 1, version 2: modprobe vfio_iommu_type1")

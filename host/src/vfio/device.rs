@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,10 +15,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX, vfio_device_info,
 };
 
+use super::container::{Container, Seat};
 use super::interrupts::{self, Interrupt};
 use super::regions::{self, RegionInfo};
-use super::{Container, VfioError, reset, sys};
-use crate::pci::{Bdf, Function};
+use super::{VfioError, reset, sys};
+use crate::pci::Bdf;
 
 /// PCI's command register, and its bits for memory regions and bus mastering (PCI 3.0, section 6.2.2).
 const COMMAND: u64 = 4;
@@ -58,10 +59,11 @@ impl Drop for Region {
 
 /// An open function. Closed when dropped, with all its regions: the kernel then turns interrupts and bus mastering off.
 pub struct Device {
-    /// Taken when it is closed, before its group is told.
-    file: Option<File>,
-    container: Arc<Container>,
-    group: u32,
+    // In this order they are dropped: first the function, then perhaps its group, then perhaps the IOMMU.
+    file: File,
+    seat: Seat,
+    /// Whether it was opened by a device of its own.
+    itself: bool,
     bdf: Bdf,
     resets: bool,
     config_at: u64,
@@ -72,41 +74,15 @@ pub struct Device {
     request: Option<EventFd>,
 }
 
-/// What the kernel means by not opening a function: vfio_pci_validate_vf_token says which is which.
-fn refusal(source: io::Error, bdf: Bdf, group: u32, physical: Option<Bdf>, with_token: bool) -> VfioError {
-    match (source.raw_os_error(), physical, with_token) {
-        (Some(libc::EACCES), Some(physical), false) => VfioError::NoToken { bdf, physical },
-        (Some(libc::EACCES), Some(physical), true) => VfioError::WrongToken { bdf, physical },
-        (Some(libc::EACCES), None, _) => VfioError::PhysicalToken(bdf),
-        (Some(libc::EINVAL), _, true) => VfioError::TokenUnwanted(bdf),
-        (Some(libc::EBUSY), ..) => VfioError::Busy { bdf, group },
-        _ => VfioError::Kernel { what: bdf.to_string(), doing: "opening it", source },
-    }
-}
-
 impl Device {
-    /// Opens a function of a group that is in `container`.
-    pub(super) fn open(
-        container: Arc<Container>,
-        function: &Function,
-        group: u32,
-        group_file: &File,
-        token: Option<&str>,
+    /// Takes a function that was opened, out of the group with `group_file` or by a device of its own, and resets it.
+    pub(super) fn new(
+        seat: Seat,
+        bdf: Bdf,
+        file: File,
+        group_file: Option<&File>,
     ) -> Result<Self, VfioError> {
-        let bdf = function.bdf;
         let failed = |doing| move |source| VfioError::Kernel { what: bdf.to_string(), doing, source };
-        // The name, and the token behind it (vfio_pci_core_match).
-        let mut name = match token {
-            Some(token) => format!("{bdf} vf_token={token}\0"),
-            None => format!("{bdf}\0"),
-        }
-        .into_bytes();
-        // SAFETY: the request takes a text that ends with a zero.
-        let opened = unsafe { sys::with_bytes(group_file.as_fd(), sys::GROUP_GET_DEVICE_FD, &mut name) };
-        let why = |source| refusal(source, bdf, group, function.physical, token.is_some());
-        let fd: RawFd = opened.map_err(why)?;
-        // SAFETY: the kernel made this descriptor for us just now.
-        let file = unsafe { File::from_raw_fd(fd) };
         let size = |n: usize| n as u32;
         let mut info =
             vfio_device_info { argsz: size(size_of::<vfio_device_info>()), ..vfio_device_info::default() };
@@ -124,15 +100,16 @@ impl Device {
             regions,
             error: interrupts::watch(&file, Interrupt::Error),
             request: interrupts::watch(&file, Interrupt::Request),
-            file: Some(file),
-            container,
-            group,
+            file,
+            seat,
+            itself: group_file.is_none(),
             bdf,
         };
         // Whatever it did for whoever had it before ends here.
-        if let Some(file) = device.file.as_ref().filter(|_| device.resets) {
+        if device.resets {
             let read = |at| device.config_read(at);
-            reset::reset(file, group_file.as_fd(), bdf, read).map_err(failed("resetting it"))?;
+            reset::reset(&device.file, group_file.map(AsFd::as_fd), bdf, read)
+                .map_err(failed("resetting it"))?;
         }
         let command = device.config_read(COMMAND as u16) & 0xffff;
         device.config_write(COMMAND as u16, command & !COMMAND_MASTER | COMMAND_MEMORY);
@@ -146,7 +123,12 @@ impl Device {
 
     /// The address space that it is in.
     pub fn container(&self) -> &Arc<Container> {
-        &self.container
+        self.seat.container()
+    }
+
+    /// Its file, if it was opened by a device of its own and not out of a group: for KVM, as [`Container::groups`]. Whoever keeps a copy of it keeps the function.
+    pub fn itself(&self) -> Option<BorrowedFd<'_>> {
+        self.itself.then(|| self.file.as_fd())
     }
 
     /// Whether it can be reset. One that cannot keeps what its last user set.
@@ -174,17 +156,15 @@ impl Device {
     /// Reads configuration space; all ones where nothing is, or if the function is gone.
     pub fn config_read_bytes(&self, offset: u16, data: &mut [u8]) {
         let at = self.config_at + u64::from(offset);
-        if self.file.as_ref().is_none_or(|file| file.read_exact_at(data, at).is_err()) {
+        if self.file.read_exact_at(data, at).is_err() {
             data.fill(0xff);
         }
     }
 
     /// Writes configuration space: no byte beside these. The kernel passes on what a driver may change.
     pub fn config_write_bytes(&self, offset: u16, data: &[u8]) {
-        if let Some(file) = &self.file {
-            // A function that is gone takes nothing; whoever reads it is told.
-            let _ = file.write_all_at(data, self.config_at + u64::from(offset));
-        }
+        // A function that is gone takes nothing; whoever reads it is told.
+        let _ = self.file.write_all_at(data, self.config_at + u64::from(offset));
     }
 
     /// What memory or I/O region `index` (0 to 5) is, if it is there.
@@ -195,7 +175,7 @@ impl Device {
     /// Reads a region through the kernel, where it is not or cannot be mapped; all ones where it does not answer.
     pub fn region_read(&self, index: u32, offset: u64, data: &mut [u8]) {
         let at = self.region_at(index, offset, data.len());
-        let read = at.zip(self.file.as_ref()).map(|(at, file)| file.read_exact_at(data, at));
+        let read = at.map(|at| self.file.read_exact_at(data, at));
         if !matches!(read, Some(Ok(()))) {
             data.fill(0xff);
         }
@@ -203,8 +183,8 @@ impl Device {
 
     /// Writes a region through the kernel. What does not answer takes nothing.
     pub fn region_write(&self, index: u32, offset: u64, data: &[u8]) {
-        if let Some((at, file)) = self.region_at(index, offset, data.len()).zip(self.file.as_ref()) {
-            let _ = file.write_all_at(data, at);
+        if let Some(at) = self.region_at(index, offset, data.len()) {
+            let _ = self.file.write_all_at(data, at);
         }
     }
 
@@ -235,7 +215,7 @@ impl Device {
             doing: "mapping a memory region",
             source,
         };
-        let (Some(file), Some(info)) = (&self.file, self.region(index)) else { return Err(none) };
+        let Some(info) = self.region(index) else { return Err(none) };
         let len = part.end.checked_sub(part.start).and_then(|len| usize::try_from(len).ok());
         let inside = |whole: &Range<u64>| whole.start <= part.start && part.end <= whole.end;
         let len = len.and_then(NonZeroUsize::new).filter(|_| info.mappable.iter().any(inside));
@@ -243,7 +223,14 @@ impl Device {
         let (Some(len), Some(offset)) = (len, offset) else { return Err(none) };
         // SAFETY: a new mapping at an address of the kernel's choice; it touches no memory that is in use.
         let start = unsafe {
-            mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, file, offset)
+            mmap(
+                None,
+                len,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED,
+                &self.file,
+                offset,
+            )
         };
         let start = start.map_err(|e| failed(e.into()))?.cast();
         Ok(Region { start, len, _device: self.clone() })
@@ -251,12 +238,12 @@ impl Device {
 
     /// How many interrupts of this kind it has.
     pub fn interrupts(&self, kind: Interrupt) -> u32 {
-        self.file.as_ref().map_or(0, |file| interrupts::count(file, kind))
+        interrupts::count(&self.file, kind)
     }
 
     /// Whether more interrupts of this kind can be given events while others have them already.
     pub fn interrupts_grow(&self, kind: Interrupt) -> bool {
-        self.file.as_ref().is_some_and(|file| interrupts::grow(file, kind))
+        interrupts::grow(&self.file, kind)
     }
 
     /// Lets the interrupts of this kind from the `first` on signal `events`, one each; without any, turns the kind off.
@@ -264,7 +251,7 @@ impl Device {
     /// # Errors
     /// It has fewer, or the kernel refuses.
     pub fn signal(&self, kind: Interrupt, first: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        interrupts::signal(self.fd()?, kind, first, events)
+        interrupts::signal(self.file.as_fd(), kind, first, events)
     }
 
     /// Lets `event` unmask the interrupt line, which the kernel masks each time that it signals.
@@ -272,7 +259,7 @@ impl Device {
     /// # Errors
     /// The line signals nobody, or the kernel refuses.
     pub fn unmask_by(&self, event: BorrowedFd<'_>) -> io::Result<()> {
-        interrupts::unmask_by(self.fd()?, event)
+        interrupts::unmask_by(self.file.as_fd(), event)
     }
 
     /// What becomes readable when [`Device::must_go`] has something to say.
@@ -289,49 +276,5 @@ impl Device {
             );
         }
         rang(&self.request).then_some("the kernel asked for the device back (it is being unbound or removed)")
-    }
-
-    fn fd(&self) -> io::Result<BorrowedFd<'_>> {
-        self.file.as_ref().map(AsFd::as_fd).ok_or_else(|| io::ErrorKind::NotConnected.into())
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        // First the function, then perhaps its group, then perhaps the IOMMU.
-        drop(self.file.take());
-        self.container.leave(self.group);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_function_that_is_not_opened_is_told_why_and_what_to_do() {
-        let (bdf, physical) = ("0000:01:10.0".parse().unwrap(), Some("0000:01:00.0".parse().unwrap()));
-        let said = |code, physical, token| {
-            refusal(io::Error::from_raw_os_error(code), bdf, 7, physical, token).to_string()
-        };
-        for (text, wanted) in [
-            (
-                said(libc::EACCES, physical, false),
-                "0000:01:10.0 is a virtual function of 0000:01:00.0, which is with vfio-pci: give the token",
-            ),
-            (
-                said(libc::EACCES, physical, true),
-                "give both the same `vf_token`, and start the user of 0000:01:00.0",
-            ),
-            (said(libc::EACCES, None, true), "end their users first"),
-            (said(libc::EINVAL, None, true), "take `vf_token` out"),
-            (
-                said(libc::EBUSY, None, false),
-                "another process has /dev/vfio/7 (fuser /dev/vfio/7 shows which)",
-            ),
-            (said(libc::ENODEV, None, false), "0000:01:10.0: opening it: No such device"),
-        ] {
-            assert!(text.contains(wanted), "{text}");
-        }
     }
 }

@@ -1,11 +1,12 @@
-//! PCI functions in the hands of this process: VFIO, by groups and a container with a type 1 IOMMU.
+//! PCI functions in the hands of this process: VFIO, by devices of their own and iommufd, or by groups and a container with a type 1
+//! IOMMU; [`Way`] is which of them.
 //!
 //! Owns how a function is opened, reset, mapped and given back, and what each refusal means ([`VfioError`]). Knows no device and
 //! no driver. [`Container`] is an address space for memory; [`Device`] is a function opened in one.
 //!
-//! The kernel's side is Documentation/driver-api/vfio.rst and include/uapi/linux/vfio.h of Linux 6.12. Structures come from the
-//! crate vfio-bindings; the calls are made here, as vfio-ioctls knows no tokens of virtual functions and shares no container
-//! among functions of one group that come and go.
+//! The kernel's side is Documentation/driver-api/vfio.rst, Documentation/userspace-api/iommufd.rst and include/uapi/linux/{vfio,iommufd}.h of
+//! Linux 6.12. Structures and numbers come from the crates vfio-bindings and iommufd-bindings; the calls are made here, as vfio-ioctls knows no
+//! tokens of virtual functions and shares no container among functions of one group that come and go, and iommufd-ioctls maps nothing but files.
 //!
 //! When the process ends, however it ends, the kernel turns interrupts and bus mastering off and resets the function.
 
@@ -13,10 +14,15 @@ mod addresses;
 mod container;
 mod device;
 mod faults;
+mod group;
 mod interrupts;
+mod iommu;
+mod itself;
+mod refusal;
 mod regions;
 mod reset;
 mod sys;
+mod way;
 
 use std::io;
 use std::path::Path;
@@ -27,11 +33,18 @@ pub use faults::{Fault, Faults, LOG};
 pub use interrupts::Interrupt;
 pub use regions::RegionInfo;
 pub use sys::{INTERRUPT_REQUESTS, REQUESTS};
+pub use way::Way;
 
 use crate::pci::{self, Bdf, VFIO, listed};
 
 /// Where VFIO's files are.
 pub const FOLDER: &str = "/dev/vfio";
+
+/// Where iommufd is.
+pub const IOMMU: &str = "/dev/iommu";
+
+/// All that is opened to have a function.
+pub const FILES: [&str; 2] = [FOLDER, IOMMU];
 
 /// Why a function cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +64,17 @@ pub enum VfioError {
     /// The kernel's part is another one.
     #[error("{FOLDER}/vfio knows no IOMMU of type 1, version 2: modprobe vfio_iommu_type1")]
     NoType1,
+    /// Iommufd is all that there is, and this process may not have it.
+    #[error(
+        "{IOMMU} cannot be opened ({0}), and this machine has no {FOLDER}/vfio: chown {IOMMU} to this process's user"
+    )]
+    NoIommufd(io::Error),
+    /// The IOMMU does not tell interrupts of one device from those of others.
+    #[error(
+        "{0}: its interrupts cannot be told from other devices' (no interrupt remapping): switch that on in the firmware's settings, or, where \
+         whoever uses the device is trusted, echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts"
+    )]
+    Interrupts(Bdf),
     /// It has another driver.
     #[error("{bdf} is not bound to vfio-pci ({}): cableway nic bind {bdf}", .driver.as_deref().map_or("it has no driver".to_owned(), |d| format!("its driver is {d}")))]
     NotBound {
@@ -74,20 +98,20 @@ pub enum VfioError {
         others: Vec<Bdf>,
     },
     /// Another process has it.
-    #[error("{bdf} is in use: another process has {FOLDER}/{group} (fuser {FOLDER}/{group} shows which)")]
+    #[error("{bdf} is in use: another process has {} (fuser {} shows which)", files.join(" or "), files.join(" "))]
     Busy {
         /// The function.
         bdf: Bdf,
-        /// Its group.
-        group: u32,
+        /// What it is opened by.
+        files: Vec<String>,
     },
     /// This process may not have it.
-    #[error("{bdf}: {FOLDER}/{group} is not permitted to this process: chown it to its user")]
+    #[error("{bdf}: {} is not permitted to this process: chown it to its user", files.join(" or "))]
     Forbidden {
         /// The function.
         bdf: Bdf,
-        /// Its group.
-        group: u32,
+        /// What it is opened by.
+        files: Vec<String>,
     },
     /// A virtual function whose physical one is also with vfio-pci.
     #[error(
@@ -130,6 +154,18 @@ pub enum VfioError {
     )]
     Memlock {
         /// Bytes, with those that are pinned already.
+        needed: u64,
+        /// RLIMIT_MEMLOCK, bytes.
+        limit: u64,
+    },
+    /// The same, where what counts is all that the user's processes pin together.
+    #[error(
+        "cannot pin {} MiB of memory for devices beside what other processes of this user pin, the limit of all is {} MiB: raise it (ulimit -l, or \
+         LimitMEMLOCK= in the service's unit)",
+        .needed.div_ceil(1 << 20), .limit >> 20
+    )]
+    MemlockOfUser {
+        /// Bytes, with those that this process has pinned already.
         needed: u64,
         /// RLIMIT_MEMLOCK, bytes.
         limit: u64,
@@ -195,15 +231,15 @@ pub fn check(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
     Ok(())
 }
 
-/// Whether its group can be opened now, which [`check`] cannot see: another process may have it, or this one may not.
+/// Whether it can be opened now, which [`check`] cannot see: another process may have it, or this one may not.
 ///
 /// # Errors
 /// It cannot, and why.
 pub fn try_open(root: &Path, bdf: Bdf) -> Result<(), VfioError> {
     check(root, bdf)?;
-    Container::new()?;
-    let group = pci::find(root, bdf).and_then(|function| function.group).ok_or(VfioError::NoIommu(bdf))?;
-    container::open_group(bdf, group).map(drop)
+    let function = pci::find(root, bdf).ok_or(VfioError::Unknown(bdf))?;
+    let group = function.group.ok_or(VfioError::NoIommu(bdf))?;
+    container::try_open(root, &function, group)
 }
 
 #[cfg(test)]

@@ -39,10 +39,10 @@ fn resets_itself(read: impl Fn(u16) -> u32) -> bool {
     false
 }
 
-/// Resets the function at `bdf`, whose file and group these are.
+/// Resets the function at `bdf`, whose file this is, and the group that it was opened out of if it was.
 pub(super) fn reset(
     file: &File,
-    group: BorrowedFd<'_>,
+    group: Option<BorrowedFd<'_>>,
     bdf: Bdf,
     read: impl Fn(u16) -> u32,
 ) -> io::Result<()> {
@@ -53,7 +53,7 @@ pub(super) fn reset(
 }
 
 /// Whether a reset of the bus is one of this function only, as the kernel lists them: size, flags and number, a word each; then group, segment,
-/// bus and place of each, in two words.
+/// bus and place of each, in two words (of a function that was opened by its own device, its number in iommufd instead of its group).
 fn is_alone(file: &File, bdf: Bdf) -> bool {
     let mut words = [0u32; 3 + 2 * LISTED];
     let size = size_of_val(&words) as u32;
@@ -68,10 +68,13 @@ fn is_alone(file: &File, bdf: Bdf) -> bool {
     format!("{domain:04x}:{bus:02x}:{:02x}.{}", function >> 3, function & 7) == bdf.to_string()
 }
 
-/// Resets the bus; the group's descriptor shows that we may.
-fn with_bus(file: &File, group: BorrowedFd<'_>) -> io::Result<()> {
+/// Resets the bus; the group's descriptor shows that we may. A function that was opened by its own device needs none.
+fn with_bus(file: &File, group: Option<BorrowedFd<'_>>) -> io::Result<()> {
     // Size, flags, how many groups, and the groups.
-    let mut words = [16, 0, 1, group.as_raw_fd()];
+    let mut words = match group {
+        Some(group) => vec![16, 0, 1, group.as_raw_fd()],
+        None => vec![12, 0, 0],
+    };
     // SAFETY: the structure of this request and what it says follows, of the size that it says.
     unsafe { sys::with_bytes(file.as_fd(), sys::DEVICE_PCI_HOT_RESET, &mut words) }.map(drop)
 }

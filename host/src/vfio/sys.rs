@@ -3,11 +3,20 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use iommufd_bindings::{
+    IOMMUFD_CMD_IOAS_ALLOC, IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP, IOMMUFD_CMD_IOAS_UNMAP,
+    IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE,
+};
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_TYPE};
 
 /// `_IO(VFIO_TYPE, VFIO_BASE + n)` of include/uapi/linux/vfio.h.
 const fn request(n: u32) -> u64 {
     (VFIO_TYPE as u64) << 8 | (VFIO_BASE + n) as u64
+}
+
+/// `_IO(IOMMUFD_TYPE, n)` of include/uapi/linux/iommufd.h.
+const fn of_iommufd(n: u32) -> u64 {
+    (IOMMUFD_TYPE as u64) << 8 | n as u64
 }
 
 pub(super) const GET_API_VERSION: u64 = request(0);
@@ -23,13 +32,21 @@ pub(super) const DEVICE_SET_IRQS: u64 = request(10);
 pub(super) const DEVICE_RESET: u64 = request(11);
 pub(super) const DEVICE_GET_PCI_HOT_RESET_INFO: u64 = request(12);
 pub(super) const DEVICE_PCI_HOT_RESET: u64 = request(13);
+pub(super) const DEVICE_BIND_IOMMUFD: u64 = request(18);
+pub(super) const DEVICE_ATTACH_IOMMUFD: u64 = request(19);
 // Of containers; the numbers are taken twice.
 pub(super) const IOMMU_GET_INFO: u64 = request(12);
 pub(super) const IOMMU_MAP_DMA: u64 = request(13);
 pub(super) const IOMMU_UNMAP_DMA: u64 = request(14);
+// Of iommufd.
+pub(super) const IOAS_ALLOC: u64 = of_iommufd(IOMMUFD_CMD_IOAS_ALLOC);
+pub(super) const IOAS_IOVA_RANGES: u64 = of_iommufd(IOMMUFD_CMD_IOAS_IOVA_RANGES);
+pub(super) const IOAS_MAP: u64 = of_iommufd(IOMMUFD_CMD_IOAS_MAP);
+pub(super) const IOAS_UNMAP: u64 = of_iommufd(IOMMUFD_CMD_IOAS_UNMAP);
+pub(super) const VFIO_IOAS: u64 = of_iommufd(IOMMUFD_CMD_VFIO_IOAS);
 
 /// Every request that this module makes: for a filter of system calls.
-pub const REQUESTS: [u64; 14] = [
+pub const REQUESTS: [u64; 21] = [
     GET_API_VERSION,
     CHECK_EXTENSION,
     SET_IOMMU,
@@ -44,6 +61,13 @@ pub const REQUESTS: [u64; 14] = [
     IOMMU_GET_INFO,
     IOMMU_MAP_DMA,
     IOMMU_UNMAP_DMA,
+    DEVICE_BIND_IOMMUFD,
+    DEVICE_ATTACH_IOMMUFD,
+    IOAS_ALLOC,
+    IOAS_IOVA_RANGES,
+    IOAS_MAP,
+    IOAS_UNMAP,
+    VFIO_IOAS,
 ];
 
 /// What of it the interrupts of an open function take.
@@ -85,5 +109,7 @@ mod tests {
     fn the_requests_have_the_kernels_numbers() {
         // As strace(1) shows them.
         assert_eq!((GET_API_VERSION, GROUP_GET_DEVICE_FD, IOMMU_UNMAP_DMA), (0x3b64, 0x3b6a, 0x3b72));
+        assert_eq!((DEVICE_BIND_IOMMUFD, DEVICE_ATTACH_IOMMUFD), (0x3b76, 0x3b77));
+        assert_eq!((IOAS_ALLOC, IOAS_MAP, VFIO_IOAS), (0x3b81, 0x3b85, 0x3b88));
     }
 }

@@ -21,6 +21,7 @@ fn planner() -> Planner {
         node: Some(1),
         group: None,
         companions: Vec::new(),
+        vfio_device: None,
         interfaces: vec!["ens1".to_owned()],
         physical: None,
         virtuals: Vec::new(),

@@ -35,8 +35,9 @@ pub fn of(config: &Config, run_dir: &Path) -> Option<FileAccess> {
     sockets.extend(ours.filter_map(|socket| Some(directory_of(socket)?.to_owned())));
     let kinds = Devices::of(config);
     let tun = kinds.contains(Devices::TUN).then(|| PathBuf::from(TUN));
-    let vfio = kinds.contains(Devices::VFIO).then(|| PathBuf::from(host::vfio::FOLDER));
-    read.extend(CARDS.iter().map(PathBuf::from).filter(|_| vfio.is_some()));
+    let cards = kinds.contains(Devices::VFIO);
+    let vfio = host::vfio::FILES.iter().map(PathBuf::from).filter(|_| cards);
+    read.extend(CARDS.iter().map(PathBuf::from).filter(|_| cards));
     let directory = |file: &Path| directory_of(file).map(Path::to_owned);
     read.extend(config.ports.iter().filter_map(|p| directory(p.behind.reads()?)));
     let written = config.ports.iter().flat_map(|port| port.writes());

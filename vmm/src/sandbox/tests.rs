@@ -93,6 +93,9 @@ fn each_kind_asks_devices_for_what_its_machine_has_and_nothing_else() {
         (Main, "none of VFIO", "", other, false),
         (Main, "VFIO", FUNCTION, other, true),
         (Watch, "VFIO", FUNCTION, other, true),
+        (Watch, "lets go", FUNCTION, KVM | FORGET, true),
+        (Watch, "makes a machine", FUNCTION, create, false),
+        (Vcpu, "lets go", FUNCTION, KVM | FORGET, false),
         (Tap, "offloads", "", libc::TUNSETOFFLOAD, true),
         (Tap, "another tap", "", libc::TUNSETIFF, false),
         (Disk, "runs a guest", "", run, false),
@@ -194,7 +197,7 @@ fn the_files_of_a_machine_are_what_it_opens_when_its_guest_reboots() {
         read: [bare.read, paths(&FUNCTIONS)].concat(),
         sockets: paths(&["/run/cableway", "/vms"]),
         write: Vec::new(),
-        devices: paths(&[TUN, vfio::FOLDER]),
+        devices: paths(&[TUN, "/dev/vfio", "/dev/iommu"]),
     };
     assert_eq!(of(keys, Some("/run/cableway")), Some(all));
 }

@@ -6,13 +6,23 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use host::vfio::{Device, Interrupt};
+use kvm_bindings::KVM_DEV_VFIO_FILE_DEL;
 
 use super::{Extent, Hardware, Shared, Window};
 
 /// An open function, and what all functions of the machine share.
 pub(super) struct Real {
     pub(super) device: Arc<Device>,
-    pub(super) _shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Real {
+    fn drop(&mut self) {
+        // KVM would keep it open, and who wants it back wait for that.
+        if let Some(file) = self.device.itself() {
+            let _ = self.shared.kvm.change(KVM_DEV_VFIO_FILE_DEL, file);
+        }
+    }
 }
 
 impl Hardware for Real {

@@ -18,13 +18,13 @@ mod watch;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use host::vfio::{Container, Interrupt, VfioError};
 use kvm_bindings::{
-    KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, kvm_create_device, kvm_device_attr,
+    KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_VFIO,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
@@ -70,7 +70,7 @@ pub enum PassError {
         source: io::Error,
     },
     /// KVM does not want to know of it.
-    #[error("`pci`: KVM does not take the device's IOMMU group: {0}")]
+    #[error("`pci`: KVM does not take the device: {0}")]
     Kvm(kvm_ioctls::Error),
 }
 
@@ -122,7 +122,7 @@ trait Hardware: Send + Sync {
 /// What all functions of a machine share, and that ends with the last of them.
 struct Shared {
     // In this order: KVM lets go of the groups, the IOMMU of the memory, then the memory may go.
-    _kvm: DeviceFd,
+    kvm: KvmsList,
     _groups: Vec<File>,
     _container: Arc<Container>,
     _memory: Arc<GuestMemory>,
@@ -160,13 +160,16 @@ pub(crate) fn open(
         devices.push(device);
     }
     let groups = container.groups();
-    let kvm = tell_kvm(interrupts.vm(), &groups).map_err(PassError::Kvm)?;
-    let shared =
-        Arc::new(Shared { _kvm: kvm, _groups: groups, _container: container, _memory: memory.clone() });
+    let kvm = KvmsList::new(interrupts.vm()).map_err(PassError::Kvm)?;
+    let themselves = devices.iter().filter_map(|device| device.itself());
+    for file in groups.iter().map(AsFd::as_fd).chain(themselves) {
+        kvm.change(KVM_DEV_VFIO_FILE_ADD, file).map_err(PassError::Kvm)?;
+    }
+    let shared = Arc::new(Shared { kvm, _groups: groups, _container: container, _memory: memory.clone() });
     let mut slot = FIRST_SLOT;
     let mut functions: Vec<Arc<dyn Function>> = Vec::new();
     for (number, device) in (1..).zip(devices) {
-        let real = Box::new(Real { device, _shared: shared.clone() });
+        let real = Box::new(Real { device, shared: shared.clone() });
         let passed = Passed::new(real, &mut windows, &mut slot, line_of(number), interrupts)?;
         functions.push(Arc::new(passed));
     }
@@ -184,19 +187,24 @@ fn map(container: &Container, memory: &GuestMemory) -> Result<(), VfioError> {
     Ok(())
 }
 
-/// KVM cares for caches and posted interrupts where a device writes to the guest's memory (Linux,
-/// Documentation/virt/kvm/devices/vfio.rst).
-fn tell_kvm(vm: &VmFd, groups: &[File]) -> Result<DeviceFd, kvm_ioctls::Error> {
-    let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
-    let device = vm.create_device(&mut device)?;
-    for group in groups {
-        let fd: RawFd = group.as_raw_fd();
-        device.set_device_attr(&kvm_device_attr {
-            group: KVM_DEV_VFIO_GROUP,
-            attr: KVM_DEV_VFIO_GROUP_ADD.into(),
+/// What KVM knows of devices that write to the guest's memory: it cares for caches and posted interrupts then (Linux,
+/// Documentation/virt/kvm/devices/vfio.rst). It keeps the files that it is given, groups' or functions' own.
+struct KvmsList(DeviceFd);
+
+impl KvmsList {
+    fn new(vm: &VmFd) -> Result<Self, kvm_ioctls::Error> {
+        let mut device = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+        vm.create_device(&mut device).map(Self)
+    }
+
+    /// A file comes or goes. Before Linux 6.6 these were groups only, by the same numbers.
+    fn change(&self, how: u32, file: BorrowedFd<'_>) -> Result<(), kvm_ioctls::Error> {
+        let fd: RawFd = file.as_raw_fd();
+        self.0.set_device_attr(&kvm_device_attr {
+            group: KVM_DEV_VFIO_FILE,
+            attr: how.into(),
             addr: std::ptr::from_ref(&fd) as u64,
             flags: 0,
-        })?;
+        })
     }
-    Ok(device)
 }

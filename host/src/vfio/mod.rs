@@ -18,6 +18,8 @@ mod group;
 mod interrupts;
 mod iommu;
 mod itself;
+#[cfg(test)]
+mod real;
 mod refusal;
 mod regions;
 mod reset;

@@ -10,6 +10,7 @@
 
 mod chains;
 mod frames;
+mod fuse;
 mod guest;
 mod messages;
 mod pair;

@@ -108,6 +108,11 @@ impl World {
         self.dir.path().join(format!("{port}.sock"))
     }
 
+    /// The switch's process.
+    pub(crate) fn process(&self) -> u32 {
+        self.process.id()
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("switch.log")).unwrap_or_default()
     }

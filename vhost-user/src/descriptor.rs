@@ -59,6 +59,11 @@ pub(crate) struct MemoryFile {
 /// Inspects `fd`, which must be a regular file on tmpfs (memfds are) or hugetlbfs. A file on FUSE or a disk would let its
 /// server decide how long a worker waits.
 pub(crate) fn memory_file(fd: BorrowedFd<'_>) -> Result<MemoryFile, DescriptorError> {
+    // A FUSE file's server decides how long the questions below take. Only tmpfs and hugetlbfs know seals, and the kernel says
+    // so of itself.
+    if fcntl(fd, FcntlArg::F_GET_SEALS).is_err() {
+        return Err(DescriptorError::NotMemory(name(fd)));
+    }
     let fs = fstatfs(fd)?;
     let stat = nix::sys::stat::fstat(fd)?;
     let huge = fs.filesystem_type() == HUGETLBFS_MAGIC;

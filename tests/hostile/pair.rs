@@ -18,7 +18,7 @@ const LEN: usize = 300;
 
 /// The longest that the pair may wait for a frame while nobody is meant to notice anything. The machine may stand still for seconds;
 /// a worker that an attacker holds, it holds until the session ends.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Of frames that are none of the pair's business (there should be none).
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];

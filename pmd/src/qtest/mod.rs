@@ -26,6 +26,7 @@ mod wire;
 use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -104,7 +105,7 @@ impl Machine {
         let (host, qemu) = (host.display(), qemu.display());
         let netdev =
             format!("dgram,id=wire,local.type=unix,local.path={qemu},remote.type=unix,remote.path={host}");
-        let mut machine = Self::launch(device, &netdev, folder)?;
+        let mut machine = Self::launch(device, &["-netdev", &netdev], folder)?;
         machine.wire = Some(wire);
         Ok(machine)
     }
@@ -116,12 +117,22 @@ impl Machine {
     pub fn start_with_tap(device: &str, queues: u16) -> Result<(Self, Tap), MachineError> {
         let name = Tap::name();
         let netdev = format!("tap,id=wire,ifname={name},script=no,downscript=no,queues={queues}");
-        let machine = Self::launch(device, &netdev, folder()?)?;
+        let machine = Self::launch(device, &["-netdev", &netdev], folder()?)?;
         Ok((machine, Tap::new(&name)?))
     }
 
-    /// Starts a machine with `device` on `netdev`.
-    fn launch(device: &str, netdev: &str, folder: tempfile::TempDir) -> Result<Self, MachineError> {
+    /// The same for a virtio-net device whose rings are served by the vhost-user back end that listens at `socket`, which then reads and
+    /// writes the driver's memory by itself.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub fn start_with_back_end(device: &str, socket: &Path) -> Result<Self, MachineError> {
+        let chardev = format!("socket,id=back,path={}", socket.display());
+        Self::launch(device, &["-chardev", &chardev, "-netdev", "vhost-user,id=wire,chardev=back"], folder()?)
+    }
+
+    /// Starts a machine with `device` on what `wire` makes.
+    fn launch(device: &str, wire: &[&str], folder: tempfile::TempDir) -> Result<Self, MachineError> {
         let at = |name: &str| folder.path().join(name);
         let path = |name: &str| at(name).display().to_string();
         fs::write(at("bios"), halting_bios()).map_err(io_error("cannot write a BIOS"))?;
@@ -139,7 +150,7 @@ impl Machine {
                 "/dev/null",
             ])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", path("qmp"))])
-            .args(["-netdev", netdev])
+            .args(wire)
             .args([
                 "-device",
                 &format!("pcie-root-port,id=root,bus=pcie.0,addr={ROOT_PORT},chassis=1,slot=1"),

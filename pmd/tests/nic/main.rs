@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod adapters;
+mod back_end;
 mod frames;
 mod functions;
 mod interrupts;

@@ -275,7 +275,8 @@ impl DriverRing {
     /// # Errors
     /// See [`OfferError`].
     pub fn offer_chain(&mut self, pieces: &[Piece], token: u32) -> Result<(), OfferError> {
-        either!(self, ring => ring.offer_chain(pieces, token))
+        let readable = if self.direction() == Direction::Write { 0 } else { pieces.len() };
+        either!(self, ring => ring.offer_chain(pieces, readable, token))
     }
 
     /// Offers one buffer as an indirect table, which takes one descriptor of the ring. For rings that go one way.
@@ -292,7 +293,14 @@ impl DriverRing {
     /// # Errors
     /// See [`OfferError`].
     pub fn offer_request(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
-        either!(self, ring => ring.offer_request(pieces, readable, token))
+        if self.direction() != Direction::Both {
+            return Err(OfferError::OneWay);
+        }
+        either!(self, ring => ring.offer_chain(pieces, readable, token))
+    }
+
+    fn direction(&self) -> Direction {
+        either!(self, ring => ring.direction)
     }
 
     /// Makes everything offered so far visible to the device. Returns whether the device wants to be notified of it.

@@ -120,7 +120,7 @@ pub struct PackedDriver {
     shared: Shared,
     in_order: bool,
     event_idx: bool,
-    direction: Direction,
+    pub(super) direction: Direction,
     /// Flags of a single descriptor: [`WRITE`] on a receive ring.
     flags: u16,
     /// Where the next descriptor goes.
@@ -231,28 +231,17 @@ impl PackedDriver {
         usize::from(n)
     }
 
-    /// See [`super::DriverRing::offer_chain`].
+    /// Offers a chain whose first `readable` pieces the device reads; it writes the others. Which they may be is for
+    /// [`super::DriverRing`] to say.
     ///
     /// # Errors
     /// See [`OfferError`].
-    pub fn offer_chain(&mut self, pieces: &[Piece], token: u32) -> Result<(), OfferError> {
-        let readable = if self.direction == Direction::Write { 0 } else { pieces.len() };
-        self.chain(pieces, readable, token)
-    }
-
-    /// See [`super::DriverRing::offer_request`].
-    ///
-    /// # Errors
-    /// See [`OfferError`].
-    pub fn offer_request(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
-        if self.direction != Direction::Both {
-            return Err(OfferError::OneWay);
-        }
-        self.chain(pieces, readable, token)
-    }
-
-    /// Offers a chain whose first `readable` pieces the device reads; it writes the others.
-    fn chain(&mut self, pieces: &[Piece], readable: usize, token: u32) -> Result<(), OfferError> {
+    pub(super) fn offer_chain(
+        &mut self,
+        pieces: &[Piece],
+        readable: usize,
+        token: u32,
+    ) -> Result<(), OfferError> {
         let span = chain_len(pieces, self.avail.size)?;
         if span > self.free {
             return Err(OfferError::Full);
